@@ -1,0 +1,94 @@
+"""What the user decides about the parallel program; every choice has a default."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from meshwright.compiler.errors import PlanError, UnsupportedError
+from meshwright.compiler.mesh import AXES
+from meshwright.compiler.types import Type, parse_type
+
+SCHEDULES = ("gpipe", "1f1b")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The choices of a compilation. Raises PlanError for a value that does not exist, UnsupportedError for one to come.
+
+    zero: 0 keeps everything whole on every dp rank; 1 splits the optimizer state; 2 the gradients too; 3 the parameters too.
+    microbatches: pieces that a step's batch is cut into in time; None: 1 without pipeline, else the number of stages.
+    schedule: order of forwards and backwards over the pipeline: "gpipe" or "1f1b".
+    split: names of the modules where the 2nd, 3rd, ... stage begins; None: balanced by modelled time.
+    sequence_parallel: True lets the tensor axis split the sequence where activations would be whole on it.
+    recompute: "none".
+    precision: None keeps the model's dtypes; "fp64" reads every floating dtype as float64, for proofs.
+    compile: True lets the runtime torch.compile the blocks.
+    pins: types at rest of parameters by name pattern, as in {"*.up_proj.weight": {"tp": "S(0)"}}; whole is "I".
+    """
+
+    zero: int = 0
+    microbatches: int | None = None
+    schedule: str = "1f1b"
+    split: tuple[str, ...] | None = None
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    precision: Literal["fp64"] | None = None
+    compile: bool = False
+    pins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.zero not in (0, 1, 2, 3):
+            raise PlanError(f"zero={self.zero!r}: the stages of ZeRO are 0, 1, 2 and 3")
+        if self.microbatches is not None and (not isinstance(self.microbatches, int) or self.microbatches < 1):
+            raise PlanError(f"microbatches={self.microbatches!r}: a whole number from 1, or None")
+        if self.schedule not in SCHEDULES:
+            raise PlanError(f"unknown schedule {self.schedule!r}: the schedules are {', '.join(SCHEDULES)}")
+        if self.split is not None:
+            if isinstance(self.split, str):
+                raise PlanError(f"split={self.split!r}: a list of module names, one for each stage after the first")
+            object.__setattr__(self, "split", tuple(self.split))
+        if self.recompute != "none":
+            raise UnsupportedError(f"recompute={self.recompute!r} is not supported yet: use 'none'")
+        if self.precision not in (None, "fp64"):
+            raise UnsupportedError(f"precision={self.precision!r} is not supported yet: use None or 'fp64'")
+        if self.compile:
+            raise UnsupportedError("compile=True is not supported yet: use False")
+        for pattern, types in self.pins.items():
+            for axis, text in types.items():
+                if axis not in AXES or axis == "pp":
+                    raise PlanError(f"pin {pattern!r} names the axis {axis!r}: parameters are pinned on dp or tp")
+                if parse_type(text).kind not in "SI":
+                    raise PlanError(f"pin {pattern!r}: {axis}={text!r} is no type at rest; those are I and S(dim)")
+
+    @staticmethod
+    def from_dict(choices: Mapping[str, Any]) -> "Plan":
+        """A plan from plain data, such as a TOML file. Raises PlanError for an unknown choice."""
+        known = {f.name for f in dataclasses.fields(Plan)}
+        for name in choices:
+            if name not in known:
+                raise PlanError(f"unknown choice {name!r} in the plan: the choices are {', '.join(sorted(known))}")
+        return Plan(**choices)
+
+    def num_microbatches(self, num_stages: int) -> int:
+        """Microbatches of a step on a pipeline of ``num_stages``."""
+        return self.microbatches or (1 if num_stages == 1 else num_stages)
+
+    def pinned(self, names: tuple[str, ...], axis: str) -> tuple[str, Type] | None:
+        """The pattern and the type that pin a parameter (by any of its ``names``) on ``axis``, or None.
+
+        Raises PlanError when two patterns pin it to different types.
+        """
+        found: tuple[str, Type] | None = None
+        for pattern, types in self.pins.items():
+            if axis not in types or not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                continue
+            type_ = parse_type(types[axis])
+            if found is not None and found[1] != type_:
+                raise PlanError(
+                    f"two pins contradict each other on {names[0]!r}: {found[0]!r} wants {axis}={found[1]}, "
+                    f"{pattern!r} wants {axis}={type_}\n  keep one of them"
+                )
+            found = (pattern, type_)
+        return found

@@ -1,0 +1,70 @@
+"""The whole parallel program, as codegen writes it: what each distinct stage computes, what each rank holds and sends."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from meshwright.compiler.graph import Block, Buffer, Capture, Function, Parameter, Segment, Value
+from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.plan import Plan
+from meshwright.compiler.types import Held
+from meshwright.runtime.actions import Action
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A parameter (or one segment of it) as the ranks hold it: a type at rest and in use per axis, the stages that use it."""
+
+    parameter: Parameter
+    held: Mapping[str, Held]
+    stages: tuple[int, ...]
+    segment: Segment | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """A value that one stage sends to later ones. ``name`` is a placeholder of the receiving stages' functions."""
+
+    name: str
+    value: Value
+    source: int
+    destinations: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What the ranks of one pipeline stage run.
+
+    function: placeholders are batch inputs, received edges and prepared values by name; its results are what it sends, in
+        the order of ``sends``, or the loss on the last stage.
+    prepare: None, or the function run once per step on the replica's whole batch, with results named ``prepares``.
+    schedule: the actions of a step, peers as stages.
+    """
+
+    index: int
+    ranks: tuple[int, ...]
+    function: Function
+    inputs: tuple[str, ...]
+    receives: tuple[Edge, ...]
+    sends: tuple[Edge, ...]
+    prepare: Function | None
+    prepares: tuple[str, ...]
+    schedule: tuple[Action, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowered:
+    """Everything that codegen needs.
+
+    blocks: by the module path of every instance. parameters: by the names that graphs use (segments apart).
+    """
+
+    capture: Capture
+    mesh: Mesh
+    plan: Plan
+    microbatches: int
+    blocks: Mapping[str, Block]
+    stages: tuple[Stage, ...]
+    parameters: Mapping[str, Placed]
+    buffers: Mapping[str, tuple[Buffer, tuple[int, ...]]]
+    loss: Value
+    warnings: tuple[str, ...] = ()
