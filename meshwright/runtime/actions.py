@@ -1,0 +1,117 @@
+"""The schedule of a rank as data and as text.
+
+``F0>2  F1>2  2>B0`` runs the forward of microbatch 0 and sends its result to rank 2, the same with microbatch 1, then
+receives from rank 2 and runs the backward of microbatch 0. Arrows point the way the data goes. Several peers are
+separated by commas (``0,1>F2>3``); where peers are stages instead of ranks they carry an s (``F0>s1  s1>B0``).
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+Kind = Literal["F", "B"]
+Peers = Literal["rank", "stage"]
+
+PREFIX: Mapping[Peers, str] = {"rank": "", "stage": "s"}
+NUMBER = "(?:0|[1-9][0-9]*)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """One microbatch's forward (kind "F") or backward ("B"), with the messages before and after it.
+
+    receives: peers that something comes from before the computation; sends: peers that its results go to. A peer
+    stands in each at most once: all values between two peers for one action travel as one message. Raises ValueError.
+    """
+
+    kind: Kind
+    microbatch: int
+    receives: tuple[int, ...] = ()
+    sends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("F", "B"):
+            raise ValueError(f"an action is a forward F or a backward B, not {self.kind!r}")
+        if self.microbatch < 0:
+            raise ValueError(f"microbatch {self.microbatch} is negative")
+        for verb, peers in (("receives from", self.receives), ("sends to", self.sends)):
+            if any(peer < 0 for peer in peers):
+                raise ValueError(f"{self.kind}{self.microbatch} {verb} {min(peers)}, a negative number")
+            if len(set(peers)) < len(peers):
+                raise ValueError(f"{self.kind}{self.microbatch} {verb} a peer twice: {', '.join(map(str, peers))}")
+
+
+def parse(text: str, peers: Peers = "rank") -> tuple[Action, ...]:
+    """The actions of a schedule text, whose peers are written as ranks or as stages; the inverse of ``render``.
+
+    Raises ValueError with the position (column from 0) of the first malformed action.
+    """
+    peer = f"{PREFIX[peers]}{NUMBER}"
+    some = f"{peer}(?:,{peer})*"
+    form = re.compile(f"(?:({some})>)?([FB])({NUMBER})(?:>({some}))?")
+    actions = []
+    for word in re.finditer(r"\S+", text):
+        found = form.fullmatch(word[0])
+        if found is None:
+            example = render([Action(kind="F", microbatch=2, receives=(0, 1), sends=(3,))], peers)
+            raise ValueError(
+                f"{word[0]!r} at position {word.start()} is no action with {peers}s as peers, as in {example}"
+            )
+        receives, kind, microbatch, sends = found.groups()
+        try:
+            actions.append(
+                Action(
+                    kind=cast(Kind, kind),
+                    microbatch=int(microbatch),
+                    receives=_numbers(receives),
+                    sends=_numbers(sends),
+                )
+            )
+        except ValueError as reason:
+            raise ValueError(f"{word[0]!r} at position {word.start()}: {reason}") from None
+    return tuple(actions)
+
+
+def render(actions: Iterable[Action], peers: Peers = "rank") -> str:
+    """The text of a schedule, two spaces between actions, with peers written as ranks or as stages."""
+
+    def some(numbers: tuple[int, ...]) -> str:
+        return ",".join(f"{PREFIX[peers]}{number}" for number in numbers)
+
+    def one(action: Action) -> str:
+        before = f"{some(action.receives)}>" if action.receives else ""
+        after = f">{some(action.sends)}" if action.sends else ""
+        return f"{before}{action.kind}{action.microbatch}{after}"
+
+    return "  ".join(map(one, actions))
+
+
+def to_ranks(actions: Iterable[Action], rank_of_stage: Mapping[int, int] | Sequence[int]) -> tuple[Action, ...]:
+    """The same actions with peers as ranks. Raises ValueError for a stage that ``rank_of_stage`` does not have."""
+
+    def translate(action: Action, stages: tuple[int, ...]) -> tuple[int, ...]:
+        try:
+            return tuple(rank_of_stage[stage] for stage in stages)
+        except LookupError:
+            raise ValueError(f"{render([action], 'stage')} names a stage without a rank") from None
+
+    return tuple(
+        dataclasses.replace(action, receives=translate(action, action.receives), sends=translate(action, action.sends))
+        for action in actions
+    )
+
+
+def fuse(actions: Iterable[Action]) -> tuple[tuple[Action | None, Action | None], ...]:
+    """The exchanges of a rank: one before each action and one after the last, as (action before, action after).
+
+    The sends of the action before and the receives of the action after start together; without that 1F1B deadlocks
+    where nothing is buffered. An exchange begins when the action before is computed and the previous exchange is over.
+    """
+    return tuple(itertools.pairwise((None, *actions, None)))
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall("[0-9]+", text or ""))
