@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from meshwright.compiler.errors import InternalError
-from meshwright.compiler.frames import Origin
+from meshwright.compiler.names import Origin
 from meshwright.compiler.types import Size, Type
 
 MadeOf = Literal["data", "inputs", "parameters"]
@@ -66,7 +66,8 @@ class Function:
             for used in node.all_input_nodes:
                 if used not in seen:
                     raise InternalError(f"{node.format_node()} uses {used.name} before it is defined")
-            if node.op not in ("output", "call_module") and node not in self.values and not is_multiple(node):
+            is_tensor = node.op in ("placeholder", "get_attr") or isinstance(node.target, torch._ops.OpOverload)
+            if is_tensor and node not in self.values and not is_multiple(node):
                 raise InternalError(f"{node.format_node()} has no value")
             seen.add(node)
 
@@ -84,9 +85,10 @@ class Function:
 
 def is_multiple(node: fx.Node) -> bool:
     """Whether a node has several results, read by getitem."""
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        len(node.target._schema.returns) > 1 or "[]" in str(node.target._schema.returns[0].type)
-    )
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    returns = node.target._schema.returns
+    return len(returns) > 1 or isinstance(returns[0].type, torch.ListType)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

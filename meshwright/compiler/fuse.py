@@ -1,0 +1,182 @@
+"""Rewrites of several nodes at once: matmuls and losses in one spelling, fused projections in parts."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from meshwright.compiler.errors import UnsupportedError
+from meshwright.compiler.graph import Segment
+from meshwright.compiler.rewriting import aten, insert, place, shape_of, static
+
+
+def _linear(node: fx.Node) -> fx.Node | None:
+    """A linear's bias as an addition of its own: where the contraction is split it must be added once."""
+    if len(node.args) < 3 or node.args[2] is None:
+        return None
+    product = insert(aten.linear.default, node.args[:2], like=node)
+    return insert(aten.add.Tensor, (product, node.args[2]), like=node)
+
+
+def _matmul(node: fx.Node) -> fx.Node | None:
+    """A product with a transposed matrix is a linear."""
+    left, right = node.args
+    if isinstance(right, fx.Node) and right.target is aten.transpose.int and right.meta["val"].ndim == 2:
+        return insert(aten.linear.default, (left, right.args[0]), like=node)
+    return None
+
+
+def _transpose(node: fx.Node) -> fx.Node | None:
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    ndim = source.meta["val"].ndim
+    if ndim == 2:
+        return insert(aten.transpose.int, (source, 0, 1), like=node)
+    return insert(aten.permute.default, (source, list(reversed(range(ndim)))), like=node)
+
+
+def _last_two(node: fx.Node) -> fx.Node:
+    return insert(aten.transpose.int, (node.args[0], -2, -1), like=node)
+
+
+def _addmm(node: fx.Node) -> fx.Node | None:
+    """bias + x @ weight, on x as it was before its leading dims were flattened if they are restored right after."""
+    bias, left, right = node.args
+    if any(node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta")):
+        return None
+    flat, whole = left, None
+    if isinstance(flat, fx.Node) and flat.target in (aten.view.default, aten.reshape.default):
+        whole = flat.args[0]
+    users = list(node.users)
+    if isinstance(whole, fx.Node) and users:
+        wanted = (*shape_of(whole.meta["val"])[:-1], shape_of(node.meta["val"])[-1])
+        restored = all(
+            user.target in (aten.view.default, aten.reshape.default) and shape_of(user.meta["val"]) == wanted
+            for user in users
+        )
+        if restored and shape_of(whole.meta["val"])[-1] == shape_of(flat.meta["val"])[-1]:  # type: ignore[union-attr]
+            product = insert(aten.matmul.default, (whole, right), like=node)
+            result = insert(aten.add.Tensor, (product, bias), like=node)
+            for user in users:
+                user.replace_all_uses_with(result)
+                node.graph.erase_node(user)
+            return result
+    product = insert(aten.matmul.default, (left, right), like=node)
+    return insert(aten.add.Tensor, (product, bias), like=node)
+
+
+def _cross_entropy(node: fx.Node) -> fx.Node | None:
+    """The mean over valid labels as a sum over a count: both are partial where the tokens are split."""
+    defaults = (None, None, None, 1, -100, 0.0)
+    logits, labels, weight, reduction, ignore_index, smoothing = (*node.args, *defaults[len(node.args) :])
+    if labels.meta["val"].is_floating_point() or weight is not None or smoothing or reduction == 0:  # type: ignore[union-attr]
+        raise UnsupportedError(
+            f"cross entropy {place(node)} with soft labels, class weights, label smoothing or reduction='none' is not "
+            "supported yet\n  write it with log_softmax and gather"
+        )
+    options = {"reduction": "sum"} if ignore_index == -100 else {"reduction": "sum", "ignore_index": ignore_index}
+    total = insert(F.cross_entropy, (logits, labels), options, like=node)
+    if reduction == 2:
+        return total
+    valid = insert(aten.ne.Scalar, (labels, ignore_index), like=node)
+    count = insert(aten.sum.default, (valid,), like=node)
+    count.meta["name"] = "num_valid"
+    return insert(aten.div.Tensor, (total, count), like=node)
+
+
+FUSIONS: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.numpy_T.default: _transpose,
+    aten.t.default: _transpose,
+    aten.mT.default: _last_two,
+    aten.addmm.default: _addmm,
+    aten.cross_entropy_loss.default: _cross_entropy,
+}
+
+
+def cut_segments(
+    graph: fx.Graph, attributes: Mapping[fx.Node, str], segments: dict[str, tuple[str, Segment]]
+) -> None:
+    """Where a projection's output is cut into uneven parts (multi-query attention), read and multiply each part alone.
+
+    An even cut needs nothing: a type ``S(d/g)`` splits each of its g parts. Fills ``segments``.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.linear.default and node.args[1] in attributes:
+            _cut_projection(node, attributes, segments)
+
+
+def _cut_projection(
+    node: fx.Node, attributes: Mapping[fx.Node, str], segments: dict[str, tuple[str, Segment]]
+) -> None:
+    chain, last = [], node
+    while len(last.users) == 1:
+        (user,) = last.users
+        is_bias = user.target is aten.add.Tensor and user.args[1] in attributes and user.args[0] is last
+        if not is_bias and user.target is not aten.view.default:
+            break
+        chain.append(user)
+        last = user
+        if user.target is aten.view.default:
+            break
+    shape = shape_of(last.meta["val"])
+    dim, width = len(shape) - 1, 1
+    if chain and chain[-1].target is aten.view.default:
+        if len(shape) != node.meta["val"].ndim + 1 or shape[:-2] != shape_of(node.meta["val"])[:-1]:
+            return
+        dim, width = len(shape) - 2, shape[-1]
+    cuts = _cuts(last, dim)
+    if cuts is None or len({stop - start for start, stop, _ in cuts}) == 1 or not static(width):
+        return
+    for start, stop, user in cuts:
+        part = node
+        for step in (node, *chain):
+            if step.target is aten.view.default:
+                sizes = [*step.args[1][:-2], stop - start, width]  # type: ignore[index]
+                part = insert(aten.view.default, (part, sizes), like=user)
+            else:
+                matrix: fx.Node = step.args[1]  # type: ignore[assignment]
+                piece = _segment(matrix, attributes[matrix], start * width, (stop - start) * width, segments)
+                first = node.args[0] if step is node else part
+                part = insert(step.target, (first, piece), like=user)
+            part.meta.update({k: v for k, v in step.meta.items() if k in ("stack_trace", "nn_module_stack")})
+        user.replace_all_uses_with(part)
+        user.graph.erase_node(user)
+
+
+def _cuts(node: fx.Node, dim: int) -> list[tuple[int, int, fx.Node]] | None:
+    """The slices that cut ``dim`` of ``node`` without gap or overlap, in order; None when its users are others."""
+    size = shape_of(node.meta["val"])[dim]
+    cuts = []
+    for user in node.users:
+        if user.target is not aten.slice.Tensor or user.args[1] % node.meta["val"].ndim != dim or len(user.args) > 4:  # type: ignore[operator]
+            return None
+        start, stop = (user.args[2] or 0), user.args[3]
+        start = start + size if start < 0 else start  # type: ignore[operator]
+        stop = min(stop + size if stop < 0 else stop, size)  # type: ignore[operator]
+        cuts.append((int(start), int(stop), user))
+    cuts.sort(key=lambda cut: cut[0])
+    edges = [0, *(stop for _, stop, _ in cuts)]
+    complete = all(start == edge for (start, _, _), edge in zip(cuts, edges, strict=False)) and edges[-1] == size
+    return cuts if len(cuts) > 1 and complete else None
+
+
+def _segment(
+    matrix: fx.Node, name: str, start: int, length: int, segments: dict[str, tuple[str, Segment]]
+) -> fx.Node:
+    """The node that reads one part of a parameter along dim 0."""
+    key = f"{name}[{start}:{start + length}]"
+    for node in matrix.graph.nodes:
+        if node.op == "get_attr" and node.target == key:
+            return node
+    segments[key] = (name, Segment(0, start, length))
+    with matrix.graph.inserting_after(matrix):
+        node = matrix.graph.create_node("get_attr", key)
+    with matrix.meta["val"].fake_mode:
+        node.meta["val"] = torch.narrow(matrix.meta["val"], 0, start, length)
+    return node
+
+

@@ -1,0 +1,327 @@
+"""Normalization: one spelling for each meaning, and nothing that computes nothing.
+
+A table of rewrites, each a small function that looks at one node and returns what it is replaced by, or None. The graph is
+still torch.export's own here, with fake tensors in ``node.meta["val"]``.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import map_arg
+
+from meshwright.compiler.errors import UnsupportedError
+from meshwright.compiler.fuse import FUSIONS, cut_segments
+from meshwright.compiler.graph import Segment
+from meshwright.compiler.masks import is_causal
+from meshwright.compiler.rewriting import aten, insert, place, shape_of, static
+
+Rewrite = Callable[[fx.Node], fx.Node | None]
+
+
+def normalize(
+    module: fx.GraphModule,
+    constants: Mapping[fx.Node, torch.Tensor],
+    attributes: Mapping[fx.Node, str],
+    segments: dict[str, tuple[str, Segment]] | None,
+) -> None:
+    """Rewrite the graph of ``module`` in place.
+
+    constants: placeholders of tensors that the model's code made, with their values. attributes: placeholders of
+    parameters and buffers with their names. segments: filled with the parts of unevenly fused parameters, which are then
+    read one by one; None leaves them whole.
+    Raises UnsupportedError for dropout, and for in-place operations whose old value is still read.
+    """
+    graph = module.graph
+    _inline_submodules(module)
+    rewrites: dict[Any, Rewrite] = {**_REWRITES, **FUSIONS}
+    rewrites[aten.cat.default] = _drop_empty_parts
+    rewrites[aten.index.Tensor] = lambda node: _index(node, constants)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node._erased:
+            continue
+        _functionalize(node)
+        rewrite = rewrites.get(node.target)
+        replacement = rewrite(node) if rewrite else None
+        if replacement is not None and replacement is not node:
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+    remove_dead(graph)
+    for node in list(graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
+            _prove_mask(node, constants)
+        elif node.target is aten.expand.default:
+            _sink_expand(node)
+    remove_dead(graph)
+    if segments is not None:
+        cut_segments(graph, attributes, segments)
+        remove_dead(graph)
+    _share(graph)
+    remove_dead(graph)
+
+
+def remove_dead(graph: fx.Graph) -> None:
+    """Remove every node without users, asserts included; placeholders stay."""
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+
+
+def _inline_submodules(module: fx.GraphModule) -> None:
+    """Put the bodies of no-grad and autocast regions in place, cut off from the gradient where they were."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        skip = 1 if name == "wrap_with_set_grad_enabled" else 4
+        if name == "wrap_with_autocast" and node.args[2]:
+            raise UnsupportedError(
+                f"autocast inside the model {place(node)} is not supported yet\n  train in the model's own dtypes instead"
+            )
+        body: fx.GraphModule = getattr(module, str(node.args[skip].target))
+        cut = name == "wrap_with_set_grad_enabled" and not node.args[0]
+        arguments = iter(node.args[skip + 1 :])
+        environment: dict[fx.Node, fx.Node] = {}
+        with graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "placeholder":
+                    outer = next(arguments)
+                    if cut and isinstance(outer.meta.get("val"), FakeTensor) and outer.meta["val"].requires_grad:
+                        outer = insert(aten.detach.default, (outer,), like=node)
+                    environment[inner] = outer
+                elif inner.op == "output":
+                    results = inner.args[0]
+                else:
+                    environment[inner] = graph.node_copy(inner, lambda n: environment[n])
+        if isinstance(results, fx.Node):
+            node.replace_all_uses_with(environment[results])
+        else:
+            for user in list(node.users):
+                user.replace_all_uses_with(environment[results[user.args[1]]])
+                graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _functionalize(node: fx.Node) -> None:
+    """Turn an in-place operator into its pure form; refuse it where somebody still reads the old value."""
+    name = getattr(node.target, "_schema", None) and node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    if not name or not name.endswith("_") or name.startswith("_") or name.endswith("__") or node.target is aten.detach_.default:
+        return
+    pure = getattr(getattr(aten, name[:-1], None), node.target._overloadname, None)  # type: ignore[union-attr]
+    changed = node.args[0]
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    while isinstance(changed, fx.Node):
+        late = [user for user in changed.users if order[user] > order[node]]
+        if pure is None or changed.op != "call_function" or late:
+            raise UnsupportedError(
+                f"{name} {place(node)} changes a value in place that is read again later"
+                f"{f' (by {late[0].name})' if late else ''}\n  write it without the trailing underscore"
+            )
+        is_view = changed.target in _VIEWS
+        changed = changed.args[0] if is_view else None
+    node.target = pure  # type: ignore[assignment]
+
+
+_VIEWS = {
+    aten.view.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.detach.default, aten.split.Tensor, operator.getitem,
+}  # fmt: skip
+
+
+# What computes nothing
+
+
+def _input(node: fx.Node) -> fx.Node:
+    return node.args[0]  # type: ignore[return-value]
+
+
+def _unless_changed(node: fx.Node) -> fx.Node | None:
+    """The input, when shape and dtype are the same."""
+    before, after = _input(node).meta["val"], node.meta["val"]
+    return _input(node) if before.dtype == after.dtype and shape_of(before) == shape_of(after) else None
+
+
+def _cast(node: fx.Node) -> fx.Node | None:
+    """One spelling of casts; none where the dtype stays."""
+    before, after = _input(node).meta["val"], node.meta["val"]
+    if before.dtype == after.dtype:
+        return _input(node)
+    return insert(aten.to.dtype, (_input(node), after.dtype), like=node)
+
+
+def _add_zero(node: fx.Node) -> fx.Node | None:
+    neutral = 1 if node.target in (aten.mul.Tensor, aten.div.Tensor) else 0
+    return _unless_changed(node) if isinstance(node.args[1], (int, float)) and node.args[1] == neutral else None
+
+
+def _expand(node: fx.Node) -> fx.Node | None:
+    """One spelling of broadcasting; none where the shape stays."""
+    return _unless_changed(node) or insert(aten.expand.default, node.args[:2], like=node)
+
+
+def _detach(node: fx.Node) -> fx.Node | None:
+    return None if _input(node).meta["val"].requires_grad else _input(node)
+
+
+def _dropout(node: fx.Node) -> fx.Node | None:
+    if node.args[1] and node.args[2]:
+        raise UnsupportedError(
+            f"dropout with p={node.args[1]} {place(node)} is not supported yet\n"
+            "  set the model's dropout probabilities to 0 (for Transformers: *_pdrop and *_dropout in the config)"
+        )
+    return _input(node)
+
+
+def _attention_dropout(node: fx.Node) -> None:
+    if len(node.args) > 4 and node.args[4] or node.kwargs.get("dropout_p"):
+        probability = node.args[4] if len(node.args) > 4 else node.kwargs["dropout_p"]
+        raise UnsupportedError(
+            f"dropout with p={probability} in scaled_dot_product_attention {place(node)} is not supported yet\n"
+            "  set the model's attention dropout to 0"
+        )
+
+
+def _drop_empty_parts(node: fx.Node) -> fx.Node | None:
+    parts = [part for part in node.args[0] if shape_of(part.meta["val"]) != (0,)]  # type: ignore[union-attr]
+    if len(parts) == 1:
+        return parts[0]  # type: ignore[return-value]
+    node.args = (parts, *node.args[1:])
+    return None
+
+
+def _index(node: fx.Node, constants: Mapping[fx.Node, torch.Tensor]) -> fx.Node | None:
+    """Indexing that only picks one place, or everything in order, as the slice or view that it is."""
+    source, indices = _input(node), node.args[1]
+    used = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type,var-annotated]
+    if len(used) == 1 and used[0][1] in constants and constants[used[0][1]].shape == (1,):
+        dim, index = used[0]
+        size = source.meta["val"].shape[dim]
+        start = int(constants[index])
+        if start < 0 and static(size):
+            start += int(size)
+        return insert(aten.slice.Tensor, (source, dim, start, start + 1 if start != -1 else 2**63 - 1), like=node)
+    result = node.meta["val"]
+    positions = [_whole_range(index, source.meta["val"].shape[dim]) for dim, index in used]
+    if len(used) != source.meta["val"].ndim or None in positions or sorted(positions) != positions:  # type: ignore[type-var]
+        return None
+    if len(set(positions)) != len(positions):
+        return None
+    for dim in range(result.ndim):
+        if dim not in positions:
+            source = insert(aten.unsqueeze.default, (source, dim), like=node)
+    return source
+
+
+def _whole_range(index: fx.Node, size: Any) -> int | None:
+    """The dim (from the left, of the broadcast result) along which ``index`` counts 0, 1, ..., size - 1; else None."""
+    value = index.meta["val"]
+    while index.target in (aten.unsqueeze.default, aten.slice.Tensor, aten.view.default, aten.lift_fresh_copy.default):
+        index = _input(index)
+    stop = index.meta["val"].shape[0] if index.target is aten.arange.default else None
+    if stop is None or shape_of(index.meta["val"]) != shape_of(torch.Size([size]) if static(size) else (size,)):
+        return None
+    long = [dim for dim, length in enumerate(value.shape) if not (static(length) and int(length) == 1)]
+    return long[0] if len(long) == 1 else None
+
+
+# Masks
+
+
+def _prove_mask(node: fx.Node, constants: Mapping[fx.Node, torch.Tensor]) -> None:
+    """Replace an explicit causal mask by is_causal=True, which costs no memory and keeps the fast kernel."""
+    _attention_dropout(node)
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if not isinstance(mask, fx.Node) or not is_causal(mask, constants):
+        return
+    kwargs = {key: value for key, value in node.kwargs.items() if key not in ("attn_mask", "dropout_p")}
+    node.args = node.args[:3]
+    node.kwargs = {**kwargs, "is_causal": True}
+
+
+def _sink_expand(node: fx.Node) -> None:
+    """Let users that broadcast by themselves read the value before it was expanded."""
+    for user in list(node.users):
+        if user.target is aten.scaled_dot_product_attention.default:
+            broadcasts = node in (user.args[3:4] or (user.kwargs.get("attn_mask"),))
+        elif isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags:
+            shapes = [
+                (_input(node) if n is node else n).meta["val"].shape
+                for n in user.all_input_nodes
+                if isinstance(n.meta.get("val"), torch.Tensor)
+            ]
+            broadcasts = shape_of(torch.empty(torch.broadcast_shapes(*shapes), device="meta")) == shape_of(
+                user.meta["val"]
+            ) if all(static(s) for shape in shapes for s in shape) else _covers(shapes, user.meta["val"])  # fmt: skip
+        else:
+            broadcasts = False
+        if broadcasts:
+            user.replace_input_with(node, _input(node))
+
+
+def _covers(shapes: list[torch.Size], result: torch.Tensor) -> bool:
+    """Whether broadcasting symbolic ``shapes`` gives the shape of ``result``: some operand has every size of it."""
+    wanted = shape_of(result)
+    for dim in range(1, len(wanted) + 1):
+        sizes = {shape_of(shape)[-dim] for shape in shapes if len(shape) >= dim}
+        if wanted[-dim] not in sizes:
+            return False
+    return True
+
+
+# Common subexpressions
+
+
+def _share(graph: fx.Graph) -> None:
+    """Compute once what the same module computes twice from the same values."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        scope = tuple(path for path, _ in node.meta.get("nn_module_stack", {}).values())
+        key = repr((str(node.target), map_arg((node.args, dict(node.kwargs)), lambda n: _Name(n.name)), scope))
+        if key in seen and not _is_random(node):
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen.setdefault(key, node)
+
+
+class _Name(str):
+    """A node's name inside a key; shown without quotes, so that no string argument looks like it."""
+
+    def __repr__(self) -> str:
+        return f"%{self}"
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+_REWRITES: dict[Any, Rewrite] = {
+    aten.to.dtype: _cast,
+    aten.to.dtype_layout: _cast,
+    aten.to.device: _cast,
+    aten._to_copy.default: _cast,
+    aten.type_as.default: _cast,
+    aten.contiguous.default: _input,
+    aten.clone.default: _input,
+    aten.alias.default: _input,
+    aten.lift_fresh_copy.default: _input,
+    aten.detach_.default: _detach,
+    aten.detach.default: _detach,
+    aten.dropout.default: _dropout,
+    aten.feature_dropout.default: _dropout,
+    aten.slice.Tensor: _unless_changed,
+    aten.expand.default: _unless_changed,
+    aten.broadcast_to.default: _expand,
+    aten.view.default: _unless_changed,
+    aten.reshape.default: _unless_changed,
+    aten.add.Tensor: _add_zero,
+    aten.sub.Tensor: _add_zero,
+    aten.mul.Tensor: _add_zero,
+    aten.div.Tensor: _add_zero,
+}

@@ -1,0 +1,39 @@
+"""Reading every floating dtype as float64, for proofs that compare two programs to the last digits."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+_NARROW = (torch.float16, torch.bfloat16, torch.float32)
+_CASTS = {torch.Tensor.float: torch.Tensor.double, torch.Tensor.half: torch.Tensor.double,
+          torch.Tensor.bfloat16: torch.Tensor.double}  # fmt: skip
+
+
+class _Float64(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(
+            torch.dtype, lambda dtype: torch.float64 if dtype in _NARROW else dtype, (args, kwargs or {})
+        )
+        return _CASTS.get(func, func)(*args, **kwargs)
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Inside this context torch reads float16, bfloat16 and float32 as float64, also where a model names them itself.
+
+    Transformers upcasts to float32 by hand in norms, rotary tables and losses, which alone makes two correct programs
+    differ by 1e-7. Build the model first, call ``model.double()``, then enter the context and run it.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Float64():
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,126 @@
+"""What computation and communication cost: a roofline for operators, latency and bandwidth for collectives.
+
+Times in seconds of one accelerator of the current generation; only their ratios matter. A toy model is priced at the size
+of its big sisters (features up to 8192, 4096 tokens), so that it gets the same plan.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from meshwright.compiler.graph import Function, Value
+from meshwright.compiler.types import Size, Type
+
+aten = torch.ops.aten
+
+FLOPS = 4e14
+MEMORY_BANDWIDTH = 2e12
+LINK_BANDWIDTH = 2e11
+LATENCY = 1e-5
+BYTES = 2
+UPDATE_BYTES = 28
+"""Traffic of AdamW per element: gradient, parameter and both moments in float32, read and written."""
+TOKENS = 4096
+FEATURES = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """How large the model counts: the values of symbols, and the factor that its features are scaled by.
+
+    width: the model's hidden size; features of at most half of it (the one head of multi-query attention, say) do not
+    grow with the model and count as they are.
+    """
+
+    sizes: Mapping[sympy.Symbol, int]
+    scale: float
+    width: int
+
+    def features(self, size: int) -> float:
+        """A fixed size as it counts."""
+        return size * (self.scale if 2 * size > self.width else 1.0)
+
+    def size(self, size: Size) -> float:
+        """Any size as it counts."""
+        return self.features(size) if isinstance(size, int) else float(size.subs(self.sizes))
+
+    def elements(self, value: Value) -> float:
+        """Elements of an activation as they count: its fixed dims together are its features."""
+        fixed = math.prod(size for size in value.shape if isinstance(size, int))
+        return self.features(fixed) * math.prod(self.size(size) for size in value.shape if not isinstance(size, int))
+
+
+def prices(function: Function, batch: sympy.Symbol, example: Mapping[sympy.Symbol, int]) -> Prices:
+    """The scale of a model from its widest matrix."""
+    widths = [
+        min(int(s) for s in value.shape)
+        for node, value in function.values.items()
+        if node.op == "get_attr" and len(value.shape) >= 2
+    ]
+    tokens = {symbol: 1 if symbol == batch and len(example) > 1 else TOKENS for symbol in example}
+    width = max(widths, default=FEATURES)
+    return Prices(sizes=tokens, scale=max(1.0, FEATURES / width), width=width)
+
+
+_PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default}
+_FREE = {
+    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.detach.default,
+}  # fmt: skip
+
+
+def compute_time(prices: Prices, node: fx.Node, operands: tuple[Value, ...], results: tuple[Value, ...]) -> float:
+    """Seconds of forward and backward of one operator on whole tensors."""
+    if node.target in _FREE or not results:
+        return 0.0
+    grad = any(value.grad for value in results)
+    if node.target in _PRODUCTS:
+        left, right = operands
+        contracted = right.shape[-1 if node.target is aten.linear.default else -2 if len(right.shape) > 1 else 0]
+        return 2 * prices.elements(results[0]) * prices.size(contracted) / FLOPS * (3 if grad else 1)
+    if node.target is aten.scaled_dot_product_attention.default:
+        return 4 * prices.elements(results[0]) * prices.size(operands[1].shape[-2]) / FLOPS * (3 if grad else 1)
+    traffic = sum(prices.elements(value) for value in (*operands, *results)) * BYTES
+    if node.target is aten.embedding.default:
+        traffic = 3 * prices.elements(results[0]) * BYTES
+    return traffic / MEMORY_BANDWIDTH * (2 if grad else 1) * (3 if node.target is F.cross_entropy else 1)
+
+
+_VOLUME = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 0.5, None: 0.0}
+
+COLLECTIVES: Mapping[tuple[str, str], tuple[str | None, str | None]] = {
+    ("I", "R"): (None, "all_reduce"),
+    ("P", "I"): ("all_reduce", None),
+    ("S", "R"): ("all_gather", "reduce_scatter"),
+    ("S", "I"): ("all_gather", None),
+    ("I", "S"): (None, "all_gather"),
+    ("R", "S"): (None, None),
+    ("P", "S"): ("reduce_scatter", "all_gather"),
+    ("S", "S"): ("all_to_all", "all_to_all"),
+}
+"""Conversion -> the collective of its forward and of its backward."""
+
+
+def conversion_time(prices: Prices, value: Value, source: Type, target: Type, pieces: int) -> float:
+    """Seconds of one conversion, forward and backward."""
+    forward, backward = COLLECTIVES[source.kind, target.kind]
+    total = 1e-7
+    for collective in (forward, backward if value.grad else None):
+        if collective is not None:
+            volume = _VOLUME[collective] * prices.elements(value) * BYTES * (pieces - 1) / pieces
+            total += LATENCY + volume / LINK_BANDWIDTH
+    return total
+
+
+def holding_time(prices: Prices, value: Value, split: bool, pending: bool, pieces: int) -> float:
+    """What a parameter costs per step: its update's traffic, and its gradient's reduction where that is pending (in buckets)."""
+    elements = math.prod(prices.size(size) for size in value.shape)
+    time = UPDATE_BYTES * elements / MEMORY_BANDWIDTH / (pieces if split else 1)
+    return time + (2 * elements * BYTES / LINK_BANDWIDTH if pending else 0.0)
+
+

@@ -1,0 +1,223 @@
+"""Lower: the stages as functions of their own, with what they send, receive, prepare and hold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from meshwright.compiler.blocks import Blocks
+from meshwright.compiler.errors import InternalError, PlanError, UnsupportedError
+from meshwright.compiler.graph import Capture, Function, Value
+from meshwright.compiler.mesh import MICROBATCH_AXIS, Mesh
+from meshwright.compiler.plan import Plan
+from meshwright.compiler.program import Edge, Lowered, Placed, Stage
+from meshwright.compiler.types import Held, I, R, S, Type
+from meshwright.passes.partition import Partition
+from meshwright.passes.schedule import schedule
+from meshwright.runtime.collectives import all_reduce
+
+aten = torch.ops.aten
+
+
+def lower(capture: Capture, blocks: Blocks, parts: Partition, mesh: Mesh, plan: Plan) -> Lowered:
+    """Everything that the emitted files say."""
+    num_stages = mesh.size("pp")
+    microbatches = plan.num_microbatches(num_stages)
+    loss = blocks.main.results()[0]
+    cutters = [_Cutter(blocks, parts, k, loss) for k in range(num_stages)]
+    received = [cutter.received for cutter in cutters]
+    edges = _edges(blocks.main, parts, received)
+    functions = [
+        cutter.function([e.name for e in edges if e.source == k], k == num_stages - 1) for k, cutter in enumerate(cutters)
+    ]
+    actions = schedule(
+        plan.schedule, num_stages, microbatches, [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
+    )
+    stages = tuple(
+        Stage(
+            index=k,
+            ranks=mesh.stage_ranks(k),
+            function=functions[k][0],
+            inputs=tuple(i.name for i in capture.inputs if i.name in functions[k][2]),
+            receives=tuple(e for e in edges if k in e.destinations),
+            sends=tuple(e for e in edges if e.source == k),
+            prepare=functions[k][1],
+            prepares=tuple(cutter.prepared.values()),
+            schedule=actions[k],
+        )
+        for k, cutter in enumerate(cutters)
+    )
+    parameters, buffers = _placed(capture, blocks, stages, plan, mesh)
+    return Lowered(
+        capture=capture,
+        mesh=mesh,
+        plan=plan,
+        microbatches=microbatches,
+        blocks={instance: block for block in blocks.blocks for instance in block.instances},
+        stages=stages,
+        parameters=parameters,
+        buffers=buffers,
+        loss=blocks.main.values[loss],
+    )
+
+
+class _Cutter:
+    """One stage cut out of the main function."""
+
+    def __init__(self, blocks: Blocks, parts: Partition, index: int, loss: fx.Node):
+        self.main, self.stage, self.index = blocks.main, parts.stage, index
+        self.loss = loss
+        own = [node for node in self.main.graph.nodes if self.stage.get(node) == index]
+        self.needed: set[fx.Node] = set()
+        self.received: dict[fx.Node, None] = {}
+        self.prepared: dict[fx.Node, str] = {}
+        self.order = list(self.main.graph.nodes)
+        for node in own:
+            self._need(node)
+
+    def _need(self, node: fx.Node) -> None:
+        if node in self.needed or node in self.prepared:
+            return
+        if node in self.stage and self.stage[node] != self.index:
+            self.received.setdefault(node)
+            return
+        if _is_prepared(self.main, node):
+            origin = self.main.origins.get(node)
+            name = origin.name if origin else node.name
+            taken = set(self.prepared.values())
+            self.prepared[node] = name if name not in taken else f"{name}_{len(taken)}"
+            return
+        if node.target in (aten.arange.default, aten.arange.start):
+            self._check_range(node)
+        self.needed.add(node)
+        for used in node.all_input_nodes:
+            self._need(used)
+
+    def _check_range(self, node: fx.Node) -> None:
+        value = self.main.values[node]
+        if any(not isinstance(size, int) and "B" in {s.name for s in size.free_symbols} for size in value.shape):
+            raise UnsupportedError(
+                f"the model numbers the samples of the whole batch ({node.name}): no rank has them all\n"
+                "  use the values of a tensor of the batch instead"
+            )
+
+    def function(self, sends: list[str], last: bool) -> tuple[Function, Function | None, set[str]]:
+        """The stage's forward, its prepare, and the batch inputs that they read."""
+        graph, copies = fx.Graph(), {}
+        for node in self.order:
+            if node in self.received:
+                copies[node] = graph.create_node("placeholder", node.name, name=node.name)
+        for node in self.order:
+            if node in self.prepared:
+                copies[node] = graph.create_node("placeholder", self.prepared[node], name=self.prepared[node])
+            elif node in self.needed:
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+        names = {node.name: node for node in copies if self.stage.get(node) == self.index}
+        results = [self.loss] if last else [names[name] for name in sends]
+        graph.output(tuple(copies[node] for node in results))
+        forward = _tables(self.main, graph, copies)
+        prepare = self._prepare() if self.prepared else None
+        inputs = {str(n.target) for f in (forward, prepare) if f for n in f.inputs()}
+        return forward, prepare, inputs
+
+    def _prepare(self) -> Function:
+        graph, copies = fx.Graph(), {}
+
+        def visit(node: fx.Node) -> None:
+            if node in copies:
+                return
+            for used in node.all_input_nodes:
+                visit(used)
+            if node.target is all_reduce and node.args[1] == MICROBATCH_AXIS:
+                copies[node] = copies[node.args[0]]  # the whole batch at once: there is nothing to add up
+            else:
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+
+        for node in self.prepared:
+            visit(node)
+        graph.output(tuple(copies[node] for node in self.prepared))
+        return _tables(self.main, graph, copies)
+
+
+def _is_prepared(main: Function, node: fx.Node) -> bool:
+    """Whether a node is the last of the conversions that sum a value of the inputs alone over replicas or microbatches."""
+    if node.target is not all_reduce or node.args[1] not in ("dp", MICROBATCH_AXIS):
+        return False
+    value = main.values[node]
+    return value.made_of == "inputs" and not any(user.target is all_reduce for user in node.users)
+
+
+def _edges(main: Function, parts: Partition, received: list[dict[fx.Node, None]]) -> tuple[Edge, ...]:
+    found = dict.fromkeys(node for nodes in received for node in nodes)
+    order = {node: i for i, node in enumerate(main.graph.nodes)}
+    return tuple(
+        Edge(
+            name=node.name,
+            value=main.values[node],
+            source=parts.stage[node],
+            destinations=tuple(k for k, nodes in enumerate(received) if node in nodes),
+        )
+        for node in sorted(found, key=lambda n: order[n])
+    )
+
+
+def _tables(main: Function, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node]) -> Function:
+    values = {copy: main.values[node] for node, copy in copies.items() if node in main.values}
+    origins = {copy: main.origins[node] for node, copy in copies.items() if node in main.origins}
+    result = Function(graph=graph, values=values, origins=origins)
+    result.verify()
+    return result
+
+
+def _placed(
+    capture: Capture, blocks: Blocks, stages: tuple[Stage, ...], plan: Plan, mesh: Mesh
+) -> tuple[dict[str, Placed], dict[str, tuple[Any, tuple[int, ...]]]]:
+    """Parameters and buffers with the stages that use them, in the model's order."""
+    users: dict[str, tuple[Value, dict[int, None]]] = {}
+    for stage in stages:
+        for function in (stage.function, *([stage.prepare] if stage.prepare else [])):
+            for node in function.graph.nodes:
+                if node.op == "get_attr":
+                    _use(users, str(node.target), function.values[node], stage.index)
+                elif node.op == "call_module":
+                    inner = blocks.of(str(node.target)).function
+                    for attribute in inner.graph.nodes:
+                        if attribute.op == "get_attr":
+                            _use(users, f"{node.target}.{attribute.target}", inner.values[attribute], stage.index)
+    parameters: dict[str, Placed] = {}
+    buffers: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    for name, (value, where) in users.items():
+        owner, segment = capture.segments.get(name, (name, None))
+        if owner in capture.parameters:
+            parameter = capture.parameters[owner]
+            held = {axis: _held(axis, value, parameter.name, plan) for axis, size in mesh.axes if axis != "pp" and size > 1}
+            parameters[name] = Placed(parameter=parameter, held=held, stages=tuple(where), segment=segment)
+        else:
+            buffers[name] = (capture.buffers[owner], tuple(where))
+    order = {name: i for i, name in enumerate(capture.parameters)}
+
+    def position(name: str) -> tuple[int, int]:
+        placed = parameters[name]
+        return order[placed.parameter.name], placed.segment.start if placed.segment else 0
+
+    return {name: parameters[name] for name in sorted(parameters, key=position)}, buffers
+
+
+def _use(users: dict[str, tuple[Value, dict[int, None]]], name: str, value: Value, stage: int) -> None:
+    known, where = users.setdefault(name, (value, {}))
+    if known.types != value.types:
+        raise InternalError(f"{name} has the types {dict(known.types)} in one stage and {dict(value.types)} in another")
+    where.setdefault(stage)
+
+
+def _held(axis: str, value: Value, name: str, plan: Plan) -> Held:
+    """From the type in use to the type at rest: what is used as R has its gradient pending, or is gathered under ZeRO-3."""
+    use: Type = value.types.get(axis, I)
+    if axis == "dp" and value.grad:
+        pin = plan.pinned((name,), "dp")
+        rest = pin[1] if pin else S(0) if plan.zero == 3 and value.shape else I
+        if rest not in (I, S(0)):
+            raise PlanError(f"the pin {pin[0] if pin else ''!r} wants dp={rest} for {name!r}: over dp parameters are whole (I) or split as S(0)")
+        return Held(rest, R)
+    return Held(I if use == R else use, use)

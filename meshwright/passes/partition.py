@@ -1,0 +1,126 @@
+"""Partition: cut the main function into pipeline stages of balanced cost, at module boundaries."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from meshwright.compiler.blocks import Blocks
+from meshwright.compiler.errors import PlanError
+from meshwright.compiler.frames import module_stack
+from meshwright.compiler.graph import Function
+from meshwright.passes.cost import Prices, compute_time, holding_time
+from meshwright.passes.rows import operands, results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """The stage of every node of the main function that depends on data; the others are made where they are needed."""
+
+    stage: Mapping[fx.Node, int]
+    costs: tuple[float, ...]
+
+
+def partition(blocks: Blocks, num_stages: int, split: tuple[str, ...] | None, prices: Prices) -> Partition:
+    """Cut at ``split`` (the modules where the 2nd, 3rd, ... stage begins), else where the largest modelled time is least.
+
+    The best cut is found by dynamic programming over the boundaries. Raises PlanError for an unknown module and for more
+    stages than there are boundaries.
+    """
+    main = blocks.main
+    units = [node for node in main.graph.nodes if node.op != "output" and _is_data(main, node)]
+    times = [_time(blocks, node, prices) for node in units]
+    if split is not None:
+        if len(split) != num_stages - 1:
+            raise PlanError(
+                f"split names {len(split)} modules for {num_stages} stages: it takes one for each stage after the first"
+            )
+        cuts = [_start_of(units, name) for name in split]
+        if cuts != sorted(set(cuts)) or 0 in cuts:
+            raise PlanError(f"split={list(split)} is not in the order in which the model runs these modules, or leaves a stage empty")
+    else:
+        allowed = _boundaries(main, units)
+        if len(allowed) < num_stages - 1:
+            raise PlanError(f"pp={num_stages} asks for {num_stages} stages, but the model has {len(allowed)} places to cut it\n  use a smaller pp")
+        cuts = _balance(times, allowed, num_stages)
+    edges = [0, *cuts, len(units)]
+    stage = {node: k for k in range(num_stages) for node in units[edges[k] : edges[k + 1]]}
+    return Partition(stage=stage, costs=tuple(sum(times[a:b]) for a, b in zip(edges, edges[1:], strict=False)))
+
+
+def _is_data(main: Function, node: fx.Node) -> bool:
+    """Whether a node belongs to one stage: what inputs or parameters alone give is made again wherever it is needed."""
+    if node in main.values:
+        return main.values[node].made_of == "data"
+    return any(_is_data(main, n) for n in node.all_input_nodes)
+
+
+def _time(blocks: Blocks, node: fx.Node, prices: Prices) -> float:
+    if node.op != "call_module":
+        return _time_in(blocks.main, node, prices)
+    function = blocks.of(str(node.target)).function
+    return sum(_time_in(function, inner, prices) for inner in function.graph.nodes)
+
+
+def _time_in(function: Function, node: fx.Node, prices: Prices) -> float:
+    if node.op != "call_function" or node not in function.values:
+        return 0.0
+    tensors = [n for n in operands(node) if n in function.values]
+    time = compute_time(prices, node, tuple(function.values[n] for n in tensors), tuple(function.values[n] for n in results(function, node)))
+    return time + sum(holding_time(prices, function.values[n], False, False, 1) for n in tensors if n.op == "get_attr" and function.values[n].made_of == "parameters")
+
+
+def _start_of(units: list[fx.Node], name: str) -> int:
+    known: dict[str, None] = {}
+    for position, node in enumerate(units):
+        paths = [path for path, _ in module_stack(node)]
+        if node.op == "call_module":
+            paths.append(str(node.target))
+        if name in paths:
+            return position
+        known.update(dict.fromkeys(paths))
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"\n  near it: {', '.join(near)}" if near else ""
+    raise PlanError(f"split names {name!r}, which is no module that the model runs{hint}")
+
+
+def _boundaries(main: Function, units: list[fx.Node]) -> list[int]:
+    """Positions before which a stage may begin: at the edges of blocks, else wherever another module begins."""
+    safe = [p for p in range(1, len(units)) if _can_cross(main, units, p)]
+    at_blocks = [p for p in safe if "call_module" in (units[p].op, units[p - 1].op)]
+    if at_blocks:
+        return at_blocks
+    return [p for p in safe if [x for x, _ in module_stack(units[p])] != [x for x, _ in module_stack(units[p - 1])]]
+
+
+def _can_cross(main: Function, units: list[fx.Node], position: int) -> bool:
+    """Whether everything that crosses is whole or split: partial and replicated values stay in a stage."""
+    before, after = set(units[:position]), set(units[position:])
+    for node in before:
+        if any(user in after for user in node.users):
+            if node not in main.values or any(t.kind in "PR" for t in main.values[node].types.values()):
+                return False
+    return True
+
+
+def _balance(times: list[float], allowed: list[int], num_stages: int) -> list[int]:
+    """The cuts with the least largest sum, and among those the least sum of squares."""
+    edges = [0, *allowed, len(times)]
+    prefix = [0.0]
+    for time in times:
+        prefix.append(prefix[-1] + time)
+    best: list[dict[int, tuple[float, float, list[int]]]] = [{0: (0.0, 0.0, [])}]
+    for _ in range(num_stages):
+        reached: dict[int, tuple[float, float, list[int]]] = {}
+        for i, edge in enumerate(edges):
+            ways = []
+            for j in range(i):
+                if edges[j] in best[-1] and edges[j] < edge:
+                    most, squares, cuts = best[-1][edges[j]]
+                    cost = prefix[edge] - prefix[edges[j]]
+                    ways.append((max(most, round(cost, 12)), squares + cost * cost, [*cuts, edge]))
+            if ways:
+                reached[edge] = min(ways, key=lambda way: (way[0], way[1]))
+        best.append(reached)
+    return best[-1][len(times)][2][:-1]

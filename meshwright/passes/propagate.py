@@ -1,0 +1,305 @@
+"""Propagate: a type for every value on every axis, one axis at a time, by cost; the user's pins first.
+
+Each distinct block is solved once, with the types at its boundary fixed: batched values split over dp and mb, everything
+else invariant, except that the sequence is split over tp where that is permitted.
+"""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from meshwright.compiler.errors import InternalError, PlanError, UnsupportedError
+from meshwright.compiler.graph import Function, Value
+from meshwright.compiler.types import I, P, R, S, Type
+from meshwright.compiler.blocks import Blocks
+from meshwright.passes.cost import COLLECTIVES, Prices, compute_time, conversion_time, holding_time
+from meshwright.passes.factors import Factors
+from meshwright.passes.rows import (
+    Row, candidates, divides, factors_by_node, groups_of, operands, results, rows_of,
+)  # fmt: skip
+from meshwright.passes.rules import Rules
+from meshwright.passes.solve import Choice, Problem, solve
+
+Boundary = Mapping[fx.Node, Type]
+FactorTables = Mapping[str, Mapping[fx.Node, Factors | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One axis to infer types for.
+
+    seeds: input -> the dim of it that starts split: the batch, or the sequence where that is permitted.
+    features: whether dims of parameters may be split. in_time: no communication in the forward.
+    """
+
+    name: str
+    size: int
+    seeds: Mapping[str, int]
+    features: bool
+    in_time: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Typing:
+    """The choices on one axis: for the main function, and for each block by name."""
+
+    axis: Axis
+    main: Choice
+    blocks: Mapping[str, Choice]
+
+
+def factor(blocks: Blocks, rules: Rules) -> FactorTables:
+    """The factors of all operators, by the name of the block ("" is the main function): once for all axes."""
+    functions = {"": blocks.main, **{block.name: block.function for block in blocks.blocks}}
+    return {name: factors_by_node(function, rules) for name, function in functions.items()}
+
+
+def propagate(
+    blocks: Blocks, axis: Axis, factors: FactorTables, prices: Prices, pins: Mapping[str, tuple[str, Type]]
+) -> Typing:
+    """Types on one axis. ``pins``: parameter (by the name the graphs use) -> pattern and type at rest.
+
+    Raises PlanError where a pin cannot be kept, and where the batch cannot be cut into microbatches.
+    """
+    main = _Solver(blocks.main, axis, "", factors, prices, pins, blocks, {})
+    choices: dict[str, Choice] = {}
+    for block in blocks.blocks:
+        node = next(n for n in blocks.main.graph.nodes if n.op == "call_module" and n.target in block.instances)
+        own = {relative: pins[name] for relative in block.function.attributes() if (name := f"{block.instances[0]}.{relative}") in pins}
+        boundary = dict(zip(block.function.inputs(), (main.boundary(n) for n in operands(node)), strict=True))
+        choices[block.name] = _Solver(block.function, axis, block.name, factors, prices, own, None, boundary).solve()
+    return Typing(axis=axis, main=main.solve(), blocks=choices)
+
+
+class _Solver:
+    """One function on one axis."""
+
+    def __init__(
+        self,
+        function: Function,
+        axis: Axis,
+        name: str,
+        every: FactorTables,
+        prices: Prices,
+        pins: Mapping[str, tuple[str, Type]],
+        blocks: Blocks | None,
+        boundary: Boundary,
+    ):
+        self.function, self.axis, self.prices, self.pins, self.blocks = function, axis, prices, pins, blocks
+        self.given = dict(boundary)
+        self.every, self.factors = every, every[name]
+        self.carried = self._carry_seed()
+        self.found = candidates(function, self.factors, self._seeds(), axis.size)
+
+    # What is fixed beforehand
+
+    def _carry_seed(self) -> dict[fx.Node, Type]:
+        """The split that each value inherits from the inputs, forward through the factors and the blocks."""
+        carried: dict[fx.Node, Type] = {n: t for n, t in self.given.items() if t.is_split}
+        for node in self.function.graph.nodes:
+            if node.op == "placeholder" and self.blocks is not None and str(node.target) in self.axis.seeds:
+                carried[node] = S(self.axis.seeds[str(node.target)])
+            elif node.op == "call_module" and self.blocks is not None:
+                block = self.blocks.of(str(node.target))
+                inner = dict(zip(block.function.inputs(), operands(node), strict=True))
+                start = {n: carried[outer] for n, outer in inner.items() if outer in carried}
+                inside = _forward(block.function, self.every[block.name], start)
+                for result, outer in zip(block.function.results(), results(self.function, node), strict=False):
+                    if result in inside:
+                        carried[outer] = inside[result]
+            else:
+                _forward_node(self.function, node, self.factors.get(node), carried)
+        return carried
+
+    def boundary(self, node: fx.Node) -> Type:
+        """The type of a value where it enters or leaves a function."""
+        if node in self.given:
+            return self.given[node]
+        value = self.function.values[node]
+        if self.axis.features and not value.grad:
+            return I
+        if node in self.carried and _splittable(value, self.carried[node], self.axis.size):
+            return self.carried[node]
+        if value.made_of == "parameters" and value.grad and not self.axis.features:
+            return R
+        return I
+
+    def _seeds(self) -> dict[fx.Node, set[Type]]:
+        seeds: dict[fx.Node, set[Type]] = {}
+        for node, value in self.function.values.items():
+            if node.op == "placeholder":
+                type_ = self.boundary(node)
+                seeds[node] = {type_} if type_.is_split else set()
+            elif node.op == "get_attr" and self.axis.features and value.made_of == "parameters":
+                pin = self.pins.get(str(node.target))
+                if pin is not None:
+                    self._check_pin(node, value, *pin)
+                    seeds[node] = {pin[1]} if pin[1].is_split else set()
+                elif value.grad:
+                    seeds[node] = {Type("S", d) for d, size in enumerate(value.shape) if divides(size, self.axis.size)}
+            if node in self.carried and (node.op == "placeholder" or not self.axis.features):
+                seeds.setdefault(node, set()).add(self.carried[node])
+        for node in self.function.graph.nodes:
+            if node.op == "call_module":
+                for outer in results(self.function, node):
+                    if (type_ := self.boundary(outer)).is_split:
+                        seeds.setdefault(outer, set()).add(type_)
+        return seeds
+
+    def _check_pin(self, node: fx.Node, value: Value, pattern: str, type_: Type) -> None:
+        if type_.is_split and (
+            type_.dim >= len(value.shape) or not _splittable(value, type_, self.axis.size)
+        ):
+            shape = tuple(value.shape)
+            size = shape[type_.dim] if type_.dim < len(shape) else None
+            why = f"{size} is not a multiple of {self.axis.size}" if size is not None else f"it has {len(shape)} dims"
+            raise PlanError(
+                f"cannot split '{node.target}' as {type_} over {self.axis.name}={self.axis.size}: its shape is {shape} and {why}\n"
+                f"  asked for by the pin {pattern!r}\n"
+                f'  pin it whole, {{"{pattern}": {{"{self.axis.name}": "I"}}}}, or leave the choice to the compiler'
+            )
+
+    # The problem
+
+    def solve(self) -> Choice:
+        rows: dict[fx.Node, tuple[tuple[Row, float], ...]] = {}
+        ins: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        outs: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        replicable = self._replicable()
+        for node in self.function.graph.nodes:
+            if node.op == "output" or node.target is operator.getitem:
+                continue
+            ins[node], outs[node] = operands(node), results(self.function, node)
+            rows[node] = tuple(self._priced(node, row) for row in self._rows(node, replicable))
+        required = tuple((node, self._required(node)) for node in self.function.results())
+        problem = Problem(rows=rows, operands=ins, results=outs, required=required, conversion=self._conversion)
+        choice = solve(problem)
+        if choice is None:
+            raise self._infeasible()
+        return choice
+
+    def _rows(self, node: fx.Node, replicable: set[fx.Node]) -> tuple[Row, ...]:
+        if node.op == "placeholder":
+            return (Row(operands=(), results=(self.boundary(node),)),)
+        if node.op == "call_module":
+            return (
+                Row(
+                    operands=tuple(self.boundary(n) for n in operands(node)),
+                    results=tuple(self.boundary(n) for n in results(self.function, node)),
+                ),
+            )
+        if node.op == "get_attr":
+            return tuple(Row(operands=(), results=(type_,)) for type_ in self._held(node))
+        return rows_of(self.function, node, self.factors.get(node), self.found, replicable, self.axis.size)
+
+    def _held(self, node: fx.Node) -> list[Type]:
+        """The types in use that a parameter or buffer may have."""
+        value = self.function.values[node]
+        if not value.grad and value.made_of != "parameters":
+            return [I]
+        if not self.axis.features:
+            return [R if value.grad else I]
+        whole = [I, R] if value.grad else [I]
+        split = sorted((t for t in self.found[node] if _splittable(value, t, self.axis.size)), key=str)
+        pin = self.pins.get(str(node.target))
+        if pin is not None:
+            return [pin[1]] if pin[1].is_split else whole
+        return whole + split
+
+    def _required(self, node: fx.Node) -> tuple[Type, ...]:
+        if self.blocks is None:
+            return (self.boundary(node),)
+        return (I,) if self.axis.features else (P, I)
+
+    def _replicable(self) -> set[fx.Node]:
+        """Data worth computing whole on every rank: what small projections give, until it meets split data."""
+        found: set[fx.Node] = set()
+        if not self.axis.features:
+            return found
+        for node, here in self.factors.items():
+            ins = operands(node)
+            values = [self.function.values[n] for n in ins]
+            if here is None or node not in self.function.values or self.function.values[node].made_of != "data":
+                continue
+            if any(n.op == "get_attr" for n in ins) and any(f.results == (None,) and not f.whole for f in here.factors):
+                wide = max((f.size for f in here.factors if f.results == (None,)), key=str)
+                narrow = self.function.values[node].shape[-1]
+                if isinstance(wide, int) and isinstance(narrow, int) and 2 * narrow <= wide and len(here.factors) > 2:
+                    found.add(node)
+            elif all(not v.grad or n in found or v.made_of == "parameters" for n, v in zip(ins, values, strict=True)):
+                found.add(node)
+        return found
+
+    def _priced(self, node: fx.Node, row: Row) -> tuple[Row, float]:
+        values = self.function.values
+        ins, outs = (tuple(values[n] for n in nodes) for nodes in (operands(node), results(self.function, node)))
+        if node.op == "get_attr":
+            (held,) = row.results
+            if ins or not values[node].grad:
+                return row, 0.0
+            split, pending = held.is_split, held == R and self.axis.features
+            return row, holding_time(self.prices, values[node], split, pending, self.axis.size)
+        if node.op != "call_function":
+            return row, 0.0
+        time = compute_time(self.prices, node, ins, outs)
+        return row, time / self.axis.size if row.split else time
+
+    def _conversion(self, node: fx.Node, source: Type, target: Type) -> float | None:
+        value = self.function.values[node]
+        if (source.kind, target.kind) not in COLLECTIVES:
+            return None
+        if target.is_split and target not in self.found[node]:
+            return None
+        if value.made_of == "parameters" and value.grad:
+            allowed = self.axis.features and node.op == "get_attr" and (source, target) == (I, R)
+        elif value.grad:
+            allowed = not self.axis.in_time
+        else:
+            allowed = (source, target) == (P, I) or (source == I and not self.axis.in_time)
+        return conversion_time(self.prices, value, source, target, self.axis.size) if allowed else None
+
+    def _infeasible(self) -> Exception:
+        if self.axis.in_time:
+            return PlanError(
+                "the batch cannot be cut into microbatches without changing the result: the loss mixes samples of the batch\n"
+                "  use microbatches=1"
+            )
+        pins = sorted(f"{pattern!r} ({self.axis.name}={type_})" for pattern, type_ in set(self.pins.values()))
+        if pins:
+            return PlanError(
+                f"the pins contradict each other on {self.axis.name}: no types of the other values fit {' and '.join(pins)}\n"
+                "  drop one of them"
+            )
+        if self.axis.features:
+            return InternalError(f"no types on {self.axis.name} fit this graph:\n{self.function.graph}")
+        return UnsupportedError(f"the batch cannot be split over {self.axis.name}: the loss mixes samples of the batch in a way without a rule")
+
+
+def _forward(function: Function, factors: Mapping[fx.Node, Factors | None], start: dict[fx.Node, Type]) -> dict[fx.Node, Type]:
+    carried = dict(start)
+    for node in function.graph.nodes:
+        _forward_node(function, node, factors.get(node), carried)
+    return carried
+
+
+def _forward_node(function: Function, node: fx.Node, factors: Factors | None, carried: dict[fx.Node, Type]) -> None:
+    if factors is None:
+        return
+    ins, outs = operands(node), results(function, node)
+    for tensor, position in ((n, i) for i, n in enumerate(ins) if n in carried):
+        for factor in factors.factors:
+            inside = groups_of(factor, factor.operands[position], carried[tensor])
+            if factor.whole or inside is None:
+                continue
+            for outer, place in zip(outs, factor.results, strict=True):
+                if place is not None:
+                    carried.setdefault(outer, place.split(inside))
+
+
+def _splittable(value: Value, type_: Type, pieces: int) -> bool:
+    size = value.shape[type_.dim]
+    if not isinstance(size, int) or not isinstance(type_.groups, int):
+        return True
+    return size % (type_.groups * pieces) == 0
