@@ -3,11 +3,12 @@
 It takes the actions as they are, from a generator, a user or the text in a bundle, and what they should do: how many
 microbatches, and which edges between stages. It shares no code with the generators.
 
-The model of time is the executor's, made as strict as a backend can be. Nothing is buffered: a message passes only while
-both ends wait for it. A rank alternates between exchanges and actions (``meshwright.runtime.actions.fuse``): the sends of
-the action before and the receives of the action after start together, and the rank goes on when all of them have passed.
-So everything that a rank says and hears goes through one queue. A queue per pair of ranks, shared by both directions or
-not, and sends that are waited for later only remove waiting: what is free of circles here is free of them there.
+The model of time is the executor's, made as strict as a backend can be. Nothing is buffered: a message passes only
+while both ends wait for it. A rank alternates between exchanges and actions (``meshwright.runtime.actions.fuse``): the
+sends of the action before and the receives of the action after start together, and the rank goes on when all of them
+have passed. So everything that a rank says and hears goes through one queue. A queue per pair of ranks, shared by both
+directions or not, and sends that are waited for later only remove waiting: what is free of circles here is free of
+them there.
 
 Two things hold by the form of an action and need no check: a send follows its producer and a receive precedes its
 consumer, because they are part of the action; and one list is one stage on one pipeline rank, run by all ranks of the
@@ -53,7 +54,7 @@ def prove(
 
     rows: the actions of each stage, one stage per pipeline rank, peers as stages. edges: (source, destination) or
     (source, destination, has gradient). peaks: the bound on microbatches alive that the schedule declares per rank.
-    Raises ``error`` (a bug of ours, unless the schedule came from outside) with the first failure: the pipeline rank, the
+    Raises ``error`` (a bug of ours, unless the schedule came from outside) with the first failure: pipeline rank,
     action and the other party.
     """
     case = Case(rows=tuple(map(tuple, rows)), num_microbatches=num_microbatches, edges=edges, peaks=peaks)
@@ -74,11 +75,13 @@ def placement(case: Case) -> Iterator[str]:
             if peer == rank:
                 yield f"{_at(rank, action)} talks to its own rank"
             if peer not in stages:
-                yield f"{_at(rank, action)} talks to rank {peer}, but the last one is {stages[-1]}"
+                yield f"{_at(rank, action)} talks to pipeline rank {peer}, but the last one is {stages[-1]}"
 
 
 def coverage(case: Case) -> Iterator[str]:
     """Every rank runs one forward and one backward of every microbatch, and nothing else."""
+    if case.num_microbatches < 1:
+        yield f"a step has {case.num_microbatches} microbatches, less than one"
     for rank, row in enumerate(case.rows):
         count = collections.Counter((action.kind, action.microbatch) for action in row)
         for action in row:
@@ -122,13 +125,13 @@ def matching(case: Case) -> Iterator[str]:
         source, destination, kind, microbatch = message
         sender, receiver = (_at(rank, action_of[rank, kind, microbatch]) for rank in (source, destination))
         if message not in sent and message not in received:
-            yield f"{sender} does not send to {receiver}, though an edge joins them"
+            yield f"{sender} does not send to {receiver}, though an edge between them needs it"
         elif message not in received:
             yield f"{sender} sends to {receiver}, which does not receive from it"
         elif message not in sent:
             yield f"{receiver} receives from {sender}, which does not send to it"
         else:
-            yield f"{sender} sends to {receiver}, though no edge joins them"
+            yield f"{sender} sends to {receiver}, though no edge between them needs it"
 
 
 def message_order(case: Case) -> Iterator[str]:
@@ -153,7 +156,7 @@ def data_order(case: Case) -> Iterator[str]:
         waits[receiver].append(sent[message])
     for circle in _circle(waits):
         places = (_at(rank, case.rows[rank][index]) for rank, index in circle)
-        yield "actions wait for each other in a circle: " + ", which waits for ".join(places)
+        yield "actions wait for each other in a circle:\n  " + " waits for\n  ".join(places)
 
 
 def rendezvous(case: Case) -> Iterator[str]:
@@ -172,13 +175,14 @@ def rendezvous(case: Case) -> Iterator[str]:
                 waits[rank, index].append((other, begun - 1))
     for circle in _circle(waits):
         places = (_between(case.rows[rank], rank, index) for rank, index in circle)
-        yield "ranks wait for each other in a circle if nothing is buffered: " + ", which waits for ".join(places)
+        yield "where nothing is buffered, ranks wait for each other in a circle:\n  " + " waits for\n  ".join(places)
 
 
 def memory(case: Case) -> Iterator[str]:
     """No rank keeps more microbatches alive than the schedule declares."""
-    for rank, bound in enumerate(case.peaks or ()):
-        if (peak := _peak(case.rows[rank])) > bound:
+    peaks = map(_peak, case.rows)
+    for rank, (peak, bound) in enumerate(zip(peaks, case.peaks, strict=True) if case.peaks is not None else ()):
+        if peak > bound:
             yield f"pipeline rank {rank} keeps {peak} microbatches alive at once, more than the {bound} declared"
 
 

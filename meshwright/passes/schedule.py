@@ -88,10 +88,10 @@ def schedule(
 def forwards_ahead(num_stages: int, edges: Collection[Edge]) -> tuple[int, ...]:
     """How many forwards each stage of 1F1B runs before it takes forward and backward in turn.
 
-    In a chain stage s runs num_stages - 1 - s, also when values without gradient skip stages. Where nothing is buffered,
-    a skip with gradient allows a lead of two: further ahead, its source waits to be rid of a forward's result while its
-    destination waits to be rid of a gradient. So a longer skip holds its destination back, and no stage on the way may
-    run fewer than one that it feeds. The price is time: GPipe has no such wait and is faster on pipelines with long skips.
+    In a chain stage s runs num_stages - 1 - s, also when values without gradient skip stages. Where nothing is
+    buffered, a skip with gradient allows a lead of two: further ahead, its source waits to be rid of a forward's result
+    while its destination waits to be rid of a gradient. So a longer skip holds its destination back, and no stage on
+    the way may run fewer than one that it feeds. The price is time: GPipe has no such wait and is faster there.
     """
     skips = any(_has_gradient(edge) and edge[1] - edge[0] > 1 for edge in edges)
     lead = 2 if skips else num_stages
