@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.runtime.actions import Action, fuse, parse, render, to_ranks
@@ -12,6 +12,7 @@ peers = st.lists(st.integers(0, 20), max_size=3, unique=True).map(tuple)
 actions = st.builds(Action, kind=st.sampled_from("FB"), microbatch=st.integers(0, 20), receives=peers, sends=peers)
 
 
+@settings(deadline=None)
 @given(st.lists(actions).map(tuple), st.sampled_from(["rank", "stage"]))
 def test_there_and_back(row: tuple[Action, ...], form: Any) -> None:
     assert parse(render(row, form), form) == row

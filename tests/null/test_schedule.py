@@ -1,7 +1,7 @@
 """What the generators of schedules make; test_prove.py shows that any pipeline gets a schedule that can be proven."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.compiler.errors import InternalError, PlanError
@@ -40,6 +40,7 @@ def test_ranks_of_a_mesh() -> None:
     assert render(to_ranks(second, {0: 4, 1: 6})) == "4>F0  B0>4  4>F1  B1>4  4>F2  B2>4  4>F3  B3>4"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10), st.integers(1, 24))
 def test_a_chain_has_the_peaks_of_the_literature(num_stages: int, num_microbatches: int) -> None:
     def peaks(name: str) -> tuple[int, ...]:
