@@ -19,26 +19,14 @@ FIRST = "F0>s1  F1>s1  s1>B0  s1>B1"
 SECOND = "s0>F0  s0>F1  B0>s0  B1>s0"
 
 CASES: dict[str, tuple[list[str], list[Edge], str]] = {
-    "own rank": (
-        ["F0>s0  F1  B0  B1"],
-        [],
-        "F0>s0 on pipeline rank 0 talks to its own rank",
-    ),
+    "own rank": (["F0>s0  F1  B0  B1"], [], "F0>s0 on pipeline rank 0 talks to its own rank"),
     "no such rank": (
         ["F0>s1  F1  B0  B1"],
         [],
         "F0>s1 on pipeline rank 0 talks to pipeline rank 1, but the last one is 0",
     ),
-    "no such edge": (
-        [FIRST, SECOND],
-        [(0, 2)],
-        "the edge (0, 2) does not join two of the 2 stages",
-    ),
-    "missing": (
-        ["F0>s1  F1>s1  s1>B0", SECOND],
-        [(0, 1)],
-        "pipeline rank 0 never runs B1",
-    ),
+    "no such edge": ([FIRST, SECOND], [(0, 2)], "the edge (0, 2) does not join two of the 2 stages"),
+    "missing": (["F0>s1  F1>s1  s1>B0", SECOND], [(0, 1)], "pipeline rank 0 never runs B1"),
     "doubled": (
         ["F0>s1  F1>s1  s1>B0  s1>B0  s1>B1", SECOND],
         [(0, 1)],
@@ -87,12 +75,14 @@ CASES: dict[str, tuple[list[str], list[Edge], str]] = {
     "circle of data": (
         ["F0>s1  s1>B0  F1>s1  s1>B1", SECOND],
         [(0, 1)],
-        "actions wait for each other in a circle:\n"
-        "  s1>B0 on pipeline rank 0 waits for\n"
-        "  B0>s0 on pipeline rank 1 waits for\n"
-        "  s0>F1 on pipeline rank 1 waits for\n"
-        "  F1>s1 on pipeline rank 0 waits for\n"
-        "  s1>B0 on pipeline rank 0",
+        (
+            "actions wait for each other in a circle:\n"
+            "  s1>B0 on pipeline rank 0 waits for\n"
+            "  B0>s0 on pipeline rank 1 waits for\n"
+            "  s0>F1 on pipeline rank 1 waits for\n"
+            "  F1>s1 on pipeline rank 0 waits for\n"
+            "  s1>B0 on pipeline rank 0"
+        ),
     ),
 }
 
@@ -100,12 +90,7 @@ CASES: dict[str, tuple[list[str], list[Edge], str]] = {
 @pytest.mark.parametrize(("rows", "edges", "message"), CASES.values(), ids=CASES)
 def test_the_proof_refuses(rows: list[str], edges: list[Edge], message: str) -> None:
     with pytest.raises(PlanError) as error:
-        prove(
-            [parse(row, "stage") for row in rows],
-            num_microbatches=2,
-            edges=edges,
-            error=PlanError,
-        )
+        prove([parse(row, "stage") for row in rows], num_microbatches=2, edges=edges, error=PlanError)
     assert str(error.value) == f"the schedule is wrong: {message}"
 
 
@@ -144,28 +129,18 @@ def test_sends_and_receives_can_wait_in_one_circle() -> None:
 
 def test_the_proof_refuses_more_memory_than_declared() -> None:
     with pytest.raises(InternalError) as error:
-        prove(
-            schedule("gpipe", 2, 3, [(0, 1)]),
-            num_microbatches=3,
-            edges=[(0, 1)],
-            peaks=(3, 1),
-        )
+        prove(schedule("gpipe", 2, 3, [(0, 1)]), num_microbatches=3, edges=[(0, 1)], peaks=(3, 1))
     assert str(error.value) == (
         "the schedule is wrong: pipeline rank 1 keeps 3 microbatches alive at once, more than the 1 declared"
     )
 
 
 def test_a_step_has_microbatches() -> None:
-    with pytest.raises(
-        InternalError,
-        match="^the schedule is wrong: a step has 0 microbatches, less than one$",
-    ):
+    with pytest.raises(InternalError, match="^the schedule is wrong: a step has 0 microbatches, less than one$"):
         prove([()], num_microbatches=0, edges=[])
 
 
-def runs_right(
-    rows: Sequence[Row], num_microbatches: int, edges: Sequence[Edge]
-) -> bool:
+def runs_right(rows: Sequence[Row], num_microbatches: int, edges: Sequence[Edge]) -> bool:
     """Run the actions with unbuffered messages matched by order alone; True if all of it comes to a right end."""
     down = {edge[:2] for edge in edges}
     up = {(edge[1], edge[0]) for edge in edges if edge[2:] != (False,)}
@@ -175,9 +150,7 @@ def runs_right(
     at = [0 for _ in rows]
 
     def listens(rank: int) -> set[int]:
-        return (
-            set(rows[rank][at[rank]].receives) if at[rank] < len(rows[rank]) else set()
-        ) - set(heard[rank])
+        return (set(rows[rank][at[rank]].receives) if at[rank] < len(rows[rank]) else set()) - set(heard[rank])
 
     progress = True
     while progress:
@@ -227,27 +200,15 @@ def pipelines(draw: st.DrawFn, most: int = 8) -> tuple[str, int, int, list[Edge]
     edges: list[Edge] = [(a, b, draw(st.booleans())) for a, b in skips]
     if draw(st.booleans()):
         edges += [(stage, stage + 1) for stage in range(num_stages - 1)]
-    return (
-        draw(st.sampled_from(sorted(GENERATORS))),
-        num_stages,
-        draw(st.integers(1, 2 * most)),
-        edges,
-    )
+    return draw(st.sampled_from(sorted(GENERATORS))), num_stages, draw(st.integers(1, 2 * most)), edges
 
 
 @settings(deadline=None)
 @given(pipelines())
-def test_every_pipeline_has_a_proven_schedule(
-    pipeline: tuple[str, int, int, list[Edge]],
-) -> None:
+def test_every_pipeline_has_a_proven_schedule(pipeline: tuple[str, int, int, list[Edge]]) -> None:
     name, _, num_microbatches, edges = pipeline
     rows = schedule(*pipeline)
-    prove(
-        rows,
-        num_microbatches=num_microbatches,
-        edges=edges,
-        peaks=PEAKS[name](*pipeline[1:]),
-    )
+    prove(rows, num_microbatches=num_microbatches, edges=edges, peaks=PEAKS[name](*pipeline[1:]))
     assert runs_right(rows, num_microbatches, edges)
 
 
@@ -260,11 +221,7 @@ def duplicate(row: Row, i: int, j: int) -> Row:
 
 
 def rename(row: Row, i: int, j: int) -> Row:
-    return (
-        *row[:i],
-        dataclasses.replace(row[i], microbatch=row[i].microbatch + 1 + j),
-        *row[i + 1 :],
-    )
+    return (*row[:i], dataclasses.replace(row[i], microbatch=row[i].microbatch + 1 + j), *row[i + 1 :])
 
 
 def swap(row: Row, i: int, j: int) -> Row:
@@ -275,20 +232,12 @@ def swap(row: Row, i: int, j: int) -> Row:
 
 def turn(row: Row, i: int, j: int) -> Row:
     """Send to whom it should receive from, and the reverse."""
-    return (
-        *row[:i],
-        dataclasses.replace(row[i], sends=row[i].receives, receives=row[i].sends),
-        *row[i + 1 :],
-    )
+    return (*row[:i], dataclasses.replace(row[i], sends=row[i].receives, receives=row[i].sends), *row[i + 1 :])
 
 
 def hear(row: Row, i: int, j: int) -> Row:
     """Receive from another set of peers."""
-    return (
-        *row[:i],
-        dataclasses.replace(row[i], receives=row[j].receives),
-        *row[i + 1 :],
-    )
+    return (*row[:i], dataclasses.replace(row[i], receives=row[j].receives), *row[i + 1 :])
 
 
 def say(row: Row, i: int, j: int) -> Row:
@@ -304,9 +253,7 @@ def move(row: Row, i: int, j: int) -> Row:
 @pytest.mark.parametrize("mutation", [drop, duplicate, rename])
 @settings(deadline=None)
 @given(pipeline=pipelines(most=4), data=st.data())
-def test_a_missing_doubled_or_renamed_action_is_refused(
-    mutation: Any, pipeline: Any, data: st.DataObject
-) -> None:
+def test_a_missing_doubled_or_renamed_action_is_refused(mutation: Any, pipeline: Any, data: st.DataObject) -> None:
     rows = list(schedule(*pipeline))
     rank = data.draw(st.integers(0, len(rows) - 1))
     places = st.integers(0, len(rows[rank]) - 1)
@@ -316,9 +263,7 @@ def test_a_missing_doubled_or_renamed_action_is_refused(
 
 @settings(max_examples=500, deadline=None)
 @given(pipeline=pipelines(most=4), data=st.data())
-def test_the_proof_accepts_what_runs_right_and_nothing_else(
-    pipeline: Any, data: st.DataObject
-) -> None:
+def test_the_proof_accepts_what_runs_right_and_nothing_else(pipeline: Any, data: st.DataObject) -> None:
     rows = list(schedule(*pipeline))
     mutations = st.sampled_from([drop, duplicate, rename, swap, turn, hear, say, move])
     for mutation in data.draw(st.lists(mutations, min_size=1, max_size=3)):
@@ -340,13 +285,7 @@ def test_the_proof_knows_which_orders_run(pipeline: Any, data: st.DataObject) ->
         if len(rows) == swapped and len(forwards) > 1:
             later = data.draw(st.integers(1, len(forwards) - 1))
             forwards[later - 1 : later + 1] = forwards[later], forwards[later - 1]
-        ahead = data.draw(
-            st.lists(
-                st.integers(0, len(forwards)),
-                min_size=len(backwards),
-                max_size=len(backwards),
-            )
-        )
+        ahead = data.draw(st.lists(st.integers(0, len(forwards)), min_size=len(backwards), max_size=len(backwards)))
         order: list[Action] = []
         for microbatch, more in enumerate(ahead):
             while forwards and len(order) < 2 * microbatch + 1 + more:

@@ -17,81 +17,47 @@ def chain(num_stages: int) -> list[Edge]:
 @pytest.mark.parametrize(
     ("name", "stages", "microbatches", "edges", "text"),
     [
-        (
-            "gpipe",
-            2,
-            2,
-            [(0, 1)],
-            ["F0>s1  F1>s1  s1>B0  s1>B1", "s0>F0  s0>F1  B0>s0  B1>s0"],
-        ),
+        ("gpipe", 2, 2, [(0, 1)], ["F0>s1  F1>s1  s1>B0  s1>B1", "s0>F0  s0>F1  B0>s0  B1>s0"]),
         ("1f1b", 1, 2, [], ["F0  B0  F1  B1"]),
-        (
-            "1f1b",
-            3,
-            1,
-            chain(3),
-            ["F0>s1  s1>B0", "s0>F0>s2  s2>B0>s0", "s1>F0  B0>s1"],
-        ),
+        ("1f1b", 3, 1, chain(3), ["F0>s1  s1>B0", "s0>F0>s2  s2>B0>s0", "s1>F0  B0>s1"]),
         (
             "1f1b",
             3,
             2,
             [*chain(3), (0, 2, False), (0, 1, False)],
-            [
-                "F0>s1,s2  F1>s1,s2  s1>B0  s1>B1",
-                "s0>F0>s2  s0>F1>s2  s2>B0>s0  s2>B1>s0",
-            ]
+            ["F0>s1,s2  F1>s1,s2  s1>B0  s1>B1", "s0>F0>s2  s0>F1>s2  s2>B0>s0  s2>B1>s0"]
             + ["s0,s1>F0  B0>s1  s0,s1>F1  B1>s1"],
         ),
     ],
 )
-def test_schedule_text(
-    name: str, stages: int, microbatches: int, edges: list[Edge], text: list[str]
-) -> None:
-    assert [
-        render(row, "stage") for row in schedule(name, stages, microbatches, edges)
-    ] == text
+def test_schedule_text(name: str, stages: int, microbatches: int, edges: list[Edge], text: list[str]) -> None:
+    assert [render(row, "stage") for row in schedule(name, stages, microbatches, edges)] == text
 
 
 def test_peers_ascend() -> None:
-    first, *_, last = schedule(
-        "gpipe", 6, 1, [(a, b) for b in range(5, 0, -1) for a in range(b)]
-    )
+    first, *_, last = schedule("gpipe", 6, 1, [(a, b) for b in range(5, 0, -1) for a in range(b)])
     assert render(first, "stage") == "F0>s1,s2,s3,s4,s5  s1,s2,s3,s4,s5>B0"
     assert render(last, "stage") == "s0,s1,s2,s3,s4>F0  B0>s0,s1,s2,s3,s4"
 
 
 def test_ranks_of_a_mesh() -> None:
     first, second = schedule("1f1b", 2, 4, [(0, 1)])
-    assert (
-        render(to_ranks(first, [0, 2]))
-        == "F0>2  F1>2  2>B0  F2>2  2>B1  F3>2  2>B2  2>B3"
-    )
-    assert (
-        render(to_ranks(second, {0: 4, 1: 6}))
-        == "4>F0  B0>4  4>F1  B1>4  4>F2  B2>4  4>F3  B3>4"
-    )
+    assert render(to_ranks(first, [0, 2])) == "F0>2  F1>2  2>B0  F2>2  2>B1  F3>2  2>B2  2>B3"
+    assert render(to_ranks(second, {0: 4, 1: 6})) == "4>F0  B0>4  4>F1  B1>4  4>F2  B2>4  4>F3  B3>4"
 
 
 @settings(deadline=None)
 @given(st.integers(1, 10), st.integers(1, 24))
-def test_a_chain_has_the_peaks_of_the_literature(
-    num_stages: int, num_microbatches: int
-) -> None:
+def test_a_chain_has_the_peaks_of_the_literature(num_stages: int, num_microbatches: int) -> None:
     def peaks(name: str) -> tuple[int, ...]:
         edges = chain(num_stages)
         declared = PEAKS[name](num_stages, num_microbatches, edges)
         rows = schedule(name, num_stages, num_microbatches, edges)
-        assert (
-            prove(rows, num_microbatches=num_microbatches, edges=edges, peaks=declared)
-            == declared
-        )
+        assert prove(rows, num_microbatches=num_microbatches, edges=edges, peaks=declared) == declared
         return declared
 
     assert peaks("gpipe") == (num_microbatches,) * num_stages
-    assert peaks("1f1b") == tuple(
-        min(num_microbatches, num_stages - stage) for stage in range(num_stages)
-    )
+    assert peaks("1f1b") == tuple(min(num_microbatches, num_stages - stage) for stage in range(num_stages))
 
 
 def test_a_long_skip_holds_1f1b_back_where_it_must() -> None:
@@ -100,42 +66,23 @@ def test_a_long_skip_holds_1f1b_back_where_it_must() -> None:
     assert PEAKS["1f1b"](5, 9, [*chain(5), (0, 4, False)]) == (5, 4, 3, 2, 1)
     assert PEAKS["1f1b"](5, 9, [*chain(5), (0, 4)]) == (5, 4, 3, 3, 3)
     with pytest.raises(InternalError, match="where nothing is buffered, "):
-        prove(
-            plain_1f1b(4, 4, [*chain(4), (0, 3)]),
-            num_microbatches=4,
-            edges=[*chain(4), (0, 3)],
-        )
+        prove(plain_1f1b(4, 4, [*chain(4), (0, 3)]), num_microbatches=4, edges=[*chain(4), (0, 3)])
 
 
-def plain_1f1b(
-    num_stages: int, num_microbatches: int, edges: list[Edge]
-) -> list[tuple[Action, ...]]:
+def plain_1f1b(num_stages: int, num_microbatches: int, edges: list[Edge]) -> list[tuple[Action, ...]]:
     """The order for a chain with the messages of other edges."""
     order = schedule("1f1b", num_stages, num_microbatches, chain(num_stages))
     talk = schedule("gpipe", num_stages, num_microbatches, edges)
-    by_name = [
-        {(action.kind, action.microbatch): action for action in row} for row in talk
-    ]
-    return [
-        tuple(by_name[stage][a.kind, a.microbatch] for a in row)
-        for stage, row in enumerate(order)
-    ]
+    by_name = [{(action.kind, action.microbatch): action for action in row} for row in talk]
+    return [tuple(by_name[stage][a.kind, a.microbatch] for a in row) for stage, row in enumerate(order)]
 
 
 @pytest.mark.parametrize(
     ("name", "microbatches", "message"),
     [
         ("zb", 2, "unknown schedule 'zb': the schedules are gpipe, 1f1b"),
-        (
-            "1F1B",
-            2,
-            "unknown schedule '1F1B': the schedules are gpipe, 1f1b\n  did you mean '1f1b'?",
-        ),
-        (
-            "gpipe",
-            0,
-            "a step of 0 microbatches: the least is 1\n  set microbatches=1 or more",
-        ),
+        ("1F1B", 2, "unknown schedule '1F1B': the schedules are gpipe, 1f1b\n  did you mean '1f1b'?"),
+        ("gpipe", 0, "a step of 0 microbatches: the least is 1\n  set microbatches=1 or more"),
     ],
 )
 def test_a_wrong_request_is_refused(name: str, microbatches: int, message: str) -> None:
@@ -148,7 +95,4 @@ def test_a_wrong_request_is_refused(name: str, microbatches: int, message: str) 
 def test_an_edge_leads_to_a_later_stage(edge: Edge) -> None:
     with pytest.raises(InternalError) as error:
         schedule("gpipe", 2, 1, [edge])
-    assert (
-        str(error.value)
-        == f"the edge {edge} does not lead to a later one of the 2 stages"
-    )
+    assert str(error.value) == f"the edge {edge} does not lead to a later one of the 2 stages"
