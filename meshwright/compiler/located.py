@@ -61,8 +61,11 @@ class Located:
     def is_helper(self, node: fx.Node, level: int) -> bool:
         """Whether the function at ``level`` is a plain function, or belongs to a module without submodules."""
         module, stack = self.steps(node)[level].module, self.stacks[node]
-        has_submodules = 0 <= module < len(stack) and stack[module] in self._with_submodules
-        return not self.is_module(node, level) or not has_submodules
+        return not self.is_module(node, level) or not (0 <= module < len(stack) and self.has_submodules(stack[module]))
+
+    def has_submodules(self, path: str) -> bool:
+        """Whether a module, by its path, calls other modules."""
+        return path in self._with_submodules
 
     def is_module(self, node: fx.Node, level: int) -> bool:
         """Whether the function at ``level`` is the ``forward`` of a module, called by the level before."""

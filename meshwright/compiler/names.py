@@ -72,7 +72,7 @@ def origins(graph: fx.Graph, reserved: Set[str] = frozenset()) -> dict[fx.Node, 
             continue
         steps, stack = located.steps(node), located.stacks[node]
         named = _named(located, node)
-        name = free_name(named.name or _fallback(node, stack, result), reserved)
+        name = free_name(named.name or _fallback(located, node, result), reserved)
         section, outer = sections.of(stack, steps, operator_name(node))
         found = frames(node)
         somewhere = (found[-1].file, found[-1].line) if found else ("", 0)
@@ -194,13 +194,10 @@ def _loop_variables(place: Place) -> set[str]:
     return {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
-def _fallback(node: fx.Node, stack: tuple[str, ...], named: Mapping[fx.Node, Origin]) -> str:
-    """A name without source: that of what is viewed, of the module whose only operator this may be, of the operator."""
-    sources = node.all_input_nodes
+def _fallback(located: Located, node: fx.Node, named: Mapping[fx.Node, Origin]) -> str:
+    """A name without source: that of what is viewed, of the module without submodules around it, of the operator."""
+    sources, stack = node.all_input_nodes, located.stacks[node]
     if is_view(node) and sources and sources[0] in named:
         return named[sources[0]].name
-    words = [word for word in (stack[-1] if stack else "").split(".") if word and not word.isdigit()]
-    is_last_module = len(stack) > 1 and not frames(node)
-    return words[-1] if words and is_last_module else operator_name(node)
-
-
+    attribute = stack[-1].rpartition(".")[2] if stack and not located.has_submodules(stack[-1]) else ""
+    return attribute if attribute and not attribute.isdigit() else operator_name(node)

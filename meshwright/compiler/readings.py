@@ -53,7 +53,9 @@ def _renamings(
     for statement in place.assignments(name, place.statement.lineno):
         if statement in made_by:
             return ((name, False),), False
-        assigned = statement.value if isinstance(statement, (ast.Assign, ast.AnnAssign)) else None
+        targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+        is_single = isinstance(statement, (ast.Assign, ast.AnnAssign)) and isinstance(targets[0], ast.Name)
+        assigned: ast.AST | None = getattr(statement, "value", None) if is_single else None
         source = base_name(assigned, place.source)
         # An assignment that makes another value did not run here, or computes nothing: a cast to the own dtype, say.
         if source is not None:
