@@ -36,6 +36,7 @@ class Program:
     """A compiled program: look at it with ``explain()``, prove it with ``verify()``, write it with ``emit()``."""
 
     lowered: Lowered
+    rules: Rules
 
     def explain(self) -> str:
         """Every parameter and activation with its types, every conversion with its bytes, as text."""
@@ -43,7 +44,7 @@ class Program:
 
     def verify(self) -> None:
         """Prove types, schedule and message order again. Raises InternalError or PlanError with the reason."""
-        verify(self.lowered)
+        verify(self.lowered, self.rules)
 
     def emit(
         self,
@@ -103,9 +104,9 @@ def compile_parallel(
         done("partition")
         lowered = lower(captured, typed, parts, mesh, plan)
         done("lower")
-        verify(lowered)
+        verify(lowered, rules)
         done("verify")
-    return Program(lowered)
+    return Program(lowered, rules)
 
 
 @contextmanager

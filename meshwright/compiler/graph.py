@@ -66,7 +66,7 @@ class Function:
             for used in node.all_input_nodes:
                 if used not in seen:
                     raise InternalError(f"{node.format_node()} uses {used.name} before it is defined")
-            is_tensor = node.op in ("placeholder", "get_attr") or isinstance(node.target, torch._ops.OpOverload)
+            is_tensor = node.op in ("placeholder", "get_attr") or is_operator(node)
             if is_tensor and node not in self.values and not is_multiple(node):
                 raise InternalError(f"{node.format_node()} has no value")
             seen.add(node)
@@ -83,9 +83,14 @@ class Function:
         return tuple(dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "get_attr"))
 
 
+def is_operator(node: fx.Node) -> bool:
+    """Whether a node calls an operator of aten (and not a function of the runtime, getitem or a block)."""
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
 def is_multiple(node: fx.Node) -> bool:
     """Whether a node has several results, read by getitem."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not is_operator(node):
         return False
     returns = node.target._schema.returns
     return len(returns) > 1 or isinstance(returns[0].type, torch.ListType)

@@ -158,6 +158,19 @@ def _add_zero(node: fx.Node) -> fx.Node | None:
     return _unless_changed(node) if isinstance(node.args[1], (int, float)) and node.args[1] == neutral else None
 
 
+def _and(node: fx.Node) -> fx.Node:
+    """One spelling of "and"; a mask of ones leaves the other as it is."""
+    left, right = node.args
+    for ones, other in ((left, right), (right, left)):
+        if isinstance(other, fx.Node) and _is_all_true(ones) and shape_of(other.meta["val"]) == shape_of(node.meta["val"]):
+            return other
+    return insert(aten.bitwise_and.Tensor, (left, right), like=node)
+
+
+def _is_all_true(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.new_ones.default and node.meta["val"].dtype == torch.bool
+
+
 def _expand(node: fx.Node) -> fx.Node | None:
     """One spelling of broadcasting; none where the shape stays."""
     return _unless_changed(node) or insert(aten.expand.default, node.args[:2], like=node)
@@ -317,6 +330,9 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.feature_dropout.default: _dropout,
     aten.slice.Tensor: _unless_changed,
     aten.expand.default: _unless_changed,
+    aten.__and__.Tensor: _and,
+    aten.bitwise_and.Tensor: _and,
+    aten.__or__.Tensor: lambda node: insert(aten.bitwise_or.Tensor, node.args, like=node),
     aten.broadcast_to.default: _expand,
     aten.view.default: _unless_changed,
     aten.reshape.default: _unless_changed,

@@ -3,17 +3,18 @@
 Each takes the builder, the node, its operands (already converted), the axis, and the value with types that it must end with.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import operator
 import torch
 from torch import fx
 
 from meshwright.compiler.graph import Value
 from meshwright.compiler.names import Origin
 from meshwright.compiler.types import I, P, S, Type
+from meshwright.passes.rows import PIECE
 from meshwright.runtime.collectives import all_gather, all_reduce, shard_range
 
 aten = torch.ops.aten
@@ -36,7 +37,9 @@ class Piece:
         origin = self.origin
         if origin is not None:
             origin = replace(origin, name=name or origin.name, is_name_of_statement=bool(name), aliases=())
-        return self.builder.call(target, args, kwargs, like, origin, like=self.node)  # type: ignore[no-any-return]
+        node: fx.Node = self.builder.call(target, args, kwargs, like, origin, like=self.node)
+        node.meta[PIECE] = True
+        return node
 
     def elsewhere(self, indices: fx.Node, length: Any, name: str) -> tuple[fx.Node, fx.Node]:
         """Where the indices point into another rank's piece, and the indices into this one's."""

@@ -169,6 +169,21 @@ def _typed(value: Value, types: Mapping[str, Type]) -> Value:
     return value
 
 
+_TARGETS: Mapping[Any, str] = {
+    invariant_to_replicated: "R",
+    all_reduce: "I",
+    all_gather: "RI",
+    reduce_scatter: "S",
+    shard: "S",
+    all_to_all: "S",
+}
+
+
+def conversion_of(node: fx.Node) -> tuple[str, str] | None:
+    """The axis of a conversion and the kinds of type that it can give, or None for another node."""
+    return (str(node.args[1]), _TARGETS[node.target]) if node.target in _TARGETS else None
+
+
 def conversion(source: Type, target: Type) -> tuple[Any, dict[str, Any]]:
     """The runtime function of a conversion and its keyword arguments beside the axis."""
 

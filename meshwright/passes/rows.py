@@ -1,6 +1,5 @@
 """What may be chosen at each node on one axis: rows of types for its operands and results, from the operator's factors."""
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +7,14 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from meshwright.compiler.graph import Function, Value, is_multiple
+from meshwright.compiler.graph import Function, Value, is_multiple, is_operator
 from meshwright.compiler.types import I, P, R, Size, Type
 from meshwright.passes.factors import Factor, Factors, Place, quotient
 from meshwright.passes.rules import Call, Rules, factors_of
+
+
+PIECE = "piece"
+"""Marks nodes in ``meta`` that compute with a piece: their types hold together, not one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,7 @@ def factors_by_node(function: Function, rules: Rules) -> dict[fx.Node, Factors |
     return {
         node: factors_of(call_of(function, node), rules)
         for node in function.graph.nodes
-        if node.op == "call_function" and node.target is not operator.getitem
+        if PIECE not in node.meta and (is_operator(node) or node.target in rules)
     }
 
 

@@ -328,6 +328,8 @@ def _same_shape(call: Call) -> Factors:
 
 
 DEFAULT_RULES: Rules = {
+    # pointwise, though torch does not tag it: it is composite
+    aten.to.dtype: _pointwise,
     # products
     aten.linear.default: Rule("... i, o i -> ... o", linear=((0,), (1,))),
     aten.matmul.default: _matmul,

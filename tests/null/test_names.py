@@ -1,5 +1,6 @@
 """Names, sections and aliases read from the user's source, on real models and on odd source."""
 
+import ast
 import importlib.util
 import linecache
 import sys
@@ -14,8 +15,10 @@ import torch
 from torch import fx, nn
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from meshwright.compiler.capture import capture
 from meshwright.compiler.frames import Frame, frames, keep_all_frames, module_stack
 from meshwright.compiler.names import Origin, formal_name, free_name, origins
+from meshwright.compiler.sources import Sources
 
 aten = torch.ops.aten
 LLAMA = LlamaConfig(
@@ -223,6 +226,12 @@ def test_formal_arguments_of_a_block(llama: fx.Graph) -> None:
     assert formal_name(nodes["cos"], nodes["cos"].users, "model.norm") is None
 
 
+def test_statement_around_a_decorated_forward(llama: fx.Graph) -> None:
+    (first, *_) = in_module(llama, "model.layers.0.self_attn.q_proj")
+    file, line = first.outer
+    assert linecache.getline(file, line).strip() == "hidden_states, _ = self.self_attn("
+
+
 # GPT-2 and Falcon
 
 
@@ -238,6 +247,15 @@ def test_gpt2(gpt2: fx.Graph) -> None:
     assert [(o.name, o.section) for o in embeddings] == [("inputs_embeds", "wte"), ("position_embeds", "wpe")]
     residual = next(o for node, o in rows_of(gpt2) if node.target is aten.add.Tensor and "residual" in o.aliases)
     assert residual.name == "hidden_states"
+
+
+def test_operators_that_normalization_cuts_in_pieces() -> None:
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    function = capture(GPT2LMHeadModel(GPT2), {"input_ids": ids, "labels": ids.clone()}).function
+    found = [(node.target, origin.name) for node, origin in function.origins.items() if node.op == "call_function"]
+    attention = [name for target, name in found if target in (aten.matmul.default, aten.add.Tensor)][1:5]
+    assert attention == ["c_attn", "c_attn", "attn_output", "attn_output"]
+    assert [name for _, name in found][-4:] == ["loss", "loss", "num_valid", "loss"]
 
 
 def test_falcon(falcon: fx.Graph) -> None:
@@ -339,6 +357,8 @@ STATEMENTS = {
     "loop": ("for i in range(2):\n    x = x.exp() * 2\nreturn x.sum()", {"exp": "(x) (x)", "mul": "x x"}),
     "comprehension": ("parts = [p.exp() for p in x.split(4, dim=1)]\nreturn torch.cat(parts).sum()",
                       {"exp": "parts parts"}),
+    "comprehension inside": ("y = torch.cat([p.exp() for p in x.split(4, dim=1)])\nreturn y.sum()",
+                             {"exp": "(y) (y)", "cat": "y"}),
     "lambda": ("double = lambda v: v.exp()\ngrown = double(x)\nreturn grown.sum()", {"exp": "grown"}),
     "if": ("if x.exp().shape[0]:\n    return (x.exp() + 1).sum()\n", {}),
 }  # fmt: skip
@@ -387,6 +407,11 @@ FUNCTIONS = {
         "def helper(q):\n    q = q.exp()\n    q = q.view(-1)\n    return q",
         "grown = helper(x)\nreturn grown.sum()",
         {"exp": "grown", "view": "grown"},
+    ),
+    "two parts of one value": (
+        "def helper(q):\n    both = q.exp()\n    return both[0], both[1]",
+        "first, second = helper(x)\nreturn (first * second).sum()",
+        {"exp": "both", "select": "first second"},
     ),
     "decorator": (
         "def decorate(f):\n    def wrapper(*args, **kwargs):\n        result = f(*args, **kwargs)\n"
@@ -483,6 +508,15 @@ def test_source_that_changed_after_the_import_never_raises(change: Callable[[str
     text = change(path.read_text())
     linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
     assert all(origin.name.isidentifier() for origin in origins(graph).values())
+
+
+def test_method_calls_over_several_lines_may_begin_at_the_method(write: Write) -> None:
+    module = write("y = (\n    x\n    .exp()\n    .log()\n) if (x := torch.ones(2)) is not None else None\n")
+    lines = Path(str(module.__file__)).read_text().splitlines()
+    line = lines.index("    .exp()") + 1
+    frame = Frame(file=str(module.__file__), line=line, function="f", span=(line, 5, line, 10))
+    place = Sources().locate(frame)
+    assert place is not None and ast.unparse(place.expression) == "x.exp()"
 
 
 def test_free_names() -> None:

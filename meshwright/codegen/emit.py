@@ -1,0 +1,244 @@
+"""Emit: the bundle on disk, all of it or nothing."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from safetensors.torch import save_file
+
+from meshwright.codegen.manifest import manifest_of
+from meshwright.codegen.stages import edge_names, stage_view
+from meshwright.compiler.errors import PlanError
+from meshwright.compiler.program import Lowered
+from meshwright.runtime.actions import render, to_ranks
+
+MAX_RANK_FILES = 1024
+SHARD_BYTES = 4 * 2**30
+
+
+def emit(lowered: Lowered, directory: Path, *, ranks: Iterable[int] | None, weights: bool, overwrite: bool) -> Path:
+    """Write the bundle of ``lowered`` into ``directory``. Raises PlanError for files there that are not ours or were edited."""
+    foreign = [] if overwrite else foreign_files(directory)
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise PlanError(
+            f"{directory} has files that this would overwrite and that were edited or are not of a bundle: {shown}\n"
+            "  choose another directory, or pass overwrite=True"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        files = _texts(lowered, ranks)
+        for name, text in files.items():
+            path = building / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        if weights:
+            _write_weights(lowered, building / "weights")
+        building.chmod(0o755)
+        _replace(building, directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return directory
+
+
+def foreign_files(directory: Path) -> list[str]:
+    """The files of ``directory`` that emit did not write, or that differ from what it wrote."""
+    if not directory.exists():
+        return []
+    if not directory.is_dir():
+        return [directory.name]
+    try:
+        known: Mapping[str, str] = json.loads((directory / "manifest.json").read_text()).get("files", {})
+    except (OSError, json.JSONDecodeError, AttributeError):
+        known = {}
+    found = []
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if "__pycache__" in path.parts or (known and (name == "manifest.json" or name.startswith("weights/"))):
+            continue
+        if name not in known or digest(path.read_bytes()) != known[name]:
+            found.append(name)
+    return found
+
+
+def digest(data: bytes) -> str:
+    """The digest by which an edited file is known."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _replace(building: Path, directory: Path) -> None:
+    if directory.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+        os.replace(directory, old / "bundle")
+        try:
+            os.replace(building, directory)
+        except OSError:
+            os.replace(old / "bundle", directory)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(building, directory)
+
+
+def _texts(lowered: Lowered, ranks: Iterable[int] | None) -> dict[str, str]:
+    """All text files by name."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("meshwright.codegen"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    edges = edge_names(lowered)
+    manifest = manifest_of(lowered, edges)
+    files: dict[str, str] = {}
+    for stage in lowered.stages:
+        view = stage_view(lowered, stage, edges)
+        files[f"stages/stage_{stage.index}.py"] = environment.get_template("stage.py.j2").render(view=view)
+    for rank in _ranks(lowered, ranks):
+        files[f"ranks/rank_{rank:04d}.py"] = environment.get_template("rank.py.j2").render(**_rank(lowered, rank))
+    files["train.py"] = environment.get_template("train.py.j2").render(**_train(lowered))
+    manifest["files"] = {name: digest(text.encode()) for name, text in files.items()}
+    files["manifest.json"] = _json(manifest)
+    return files
+
+
+def _json(manifest: Mapping[str, Any]) -> str:
+    """JSON with one line for each entry of the second level: to be read and compared."""
+    parts = []
+    for key, value in manifest.items():
+        if isinstance(value, dict) and value and all(isinstance(v, (dict, str)) for v in value.values()) and key not in ("versions",):
+            rows = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
+            parts.append(f"  {json.dumps(key)}: {{\n{rows}\n  }}")
+        elif isinstance(value, list) and value:
+            rows = ",\n".join(f"    {json.dumps(v, ensure_ascii=False)}" for v in value)
+            parts.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
+        else:
+            parts.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _ranks(lowered: Lowered, ranks: Iterable[int] | None) -> list[int]:
+    count = lowered.mesh.num_ranks
+    if ranks is None:
+        return list(range(count)) if count <= MAX_RANK_FILES else [stage.ranks[0] for stage in lowered.stages]
+    chosen = list(ranks)
+    for rank in chosen:
+        if not 0 <= rank < count:
+            raise PlanError(f"ranks={chosen} names rank {rank}: {lowered.mesh} has ranks 0 to {count - 1}")
+    return chosen
+
+
+def _rank(lowered: Lowered, rank: int) -> dict[str, Any]:
+    mesh = lowered.mesh
+    at = mesh.coordinates(rank)
+    stage = lowered.stages[at.get("pp", 0)]
+    rank_of_stage = [mesh.rank({**at, "pp": k}) for k in range(len(lowered.stages))]
+    actions = to_ranks(stage.schedule, rank_of_stage)
+    sends = next((a for a in actions if a.sends), None)
+    receives = next((a for a in actions if a.receives), None)
+    arrows = ""
+    if sends is not None:
+        arrows += f"; {render([sends])} sends the result to rank {sends.sends[0]}"
+    if receives is not None:
+        arrows += f"; {render([receives])} first receives from rank {receives.receives[0]}"
+    return {
+        "rank": rank,
+        "num_ranks": mesh.num_ranks,
+        "stage": stage.index,
+        "num_stages": len(lowered.stages),
+        "coordinates": list(at.items()),
+        "groups": [(axis, mesh.group(rank, axis)) for axis in at],
+        "schedule": _schedule_lines(render(actions)),
+        "arrows": arrows,
+    }
+
+
+def _schedule_lines(text: str, width: int = 100) -> list[str]:
+    """A schedule as string literals of bounded length."""
+    lines, current = [], ""
+    for word in text.split("  "):
+        if current and len(current) + len(word) + 2 > width:
+            lines.append(current + "  ")
+            current = ""
+        current = f"{current}  {word}" if current else word
+    return [f'"{line}"' for line in [*lines, current]]
+
+
+def _train(lowered: Lowered) -> dict[str, Any]:
+    return {
+        "model": " ".join(lowered.capture.model.split()),
+        "mesh": str(lowered.mesh),
+        "num_ranks": lowered.mesh.num_ranks,
+        "data": _data(lowered),
+    }
+
+
+def _data(lowered: Lowered) -> list[str]:
+    """Synthetic data of the example's shapes and ranges."""
+    lines, names = [], []
+    for leaf in lowered.capture.inputs:
+        value = leaf.example
+        name = leaf.name
+        if not isinstance(value, torch.Tensor):
+            lines.append(f"{name} = {value!r}")
+        elif value.is_floating_point():
+            lines.append(f"{name} = torch.randn({tuple(value.shape)}, generator=generator, dtype={value.dtype})")
+        elif value.dtype == torch.bool:
+            lines.append(f"{name} = torch.ones({tuple(value.shape)}, dtype=torch.bool)")
+        else:
+            high = _high(lowered, value)
+            lines.append(f"{name} = torch.randint({high}, {tuple(value.shape)}, generator=generator, dtype={value.dtype})")
+        names.append(name)
+    if {"input_ids", "labels"} <= set(names):
+        lines = [line for line in lines if not line.startswith("labels = ")]
+        pairs = [f'"{n}": {"input_ids" if n == "labels" else n}' for n in names]
+    else:
+        pairs = [f'"{n}": {n}' for n in names]
+    tree = f"{{{', '.join(pairs)}}}" if lowered.capture.input_tree == "dict" else f"({', '.join(names)},)"
+    return [*lines, f"return {tree}"]
+
+
+def _high(lowered: Lowered, value: torch.Tensor) -> int:
+    """An exclusive bound for synthetic integers: the rows of the first table, or what the example has."""
+    if value.is_meta or value.numel() == 0:
+        return 2
+    tables = [p.shape[0] for p in lowered.capture.parameters.values() if len(p.shape) == 2]
+    high = int(value.max()) + 1
+    return min((t for t in tables if t >= high), default=max(high, 2)) if high > 2 else max(high, 2)
+
+
+def _write_weights(lowered: Lowered, directory: Path) -> None:
+    """Whole tensors by the model's names, in shards, with an index; nothing for a model without real parameters."""
+    tensors = lowered.capture.tensors
+    names = [*lowered.capture.parameters, *lowered.buffers, *(n for n, b in lowered.capture.buffers.items() if n not in lowered.buffers)]
+    owners = dict.fromkeys(lowered.buffers[n][0].name if n in lowered.buffers else n for n in names)
+    real = [name for name in owners if name in tensors and not tensors[name].is_meta]
+    if not real:
+        return
+    directory.mkdir()
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    size = count = 0
+
+    def flush() -> None:
+        nonlocal shard, size, count
+        if shard:
+            file = f"weights_{count:05d}.safetensors"
+            save_file(shard, directory / file)
+            index.update(dict.fromkeys(shard, file))
+            shard, size, count = {}, 0, count + 1
+
+    for name in real:
+        tensor = tensors[name].detach().contiguous().clone().cpu()
+        if size + tensor.nbytes > SHARD_BYTES:
+            flush()
+        shard[name] = tensor
+        size += tensor.nbytes
+    flush()
+    (directory / "index.json").write_text(json.dumps({"weight_map": index}, indent=1) + "\n")

@@ -1,0 +1,51 @@
+"""What stands beside a line: the whole shape of what it assigns, what is split, and the types that matter."""
+
+from collections.abc import Mapping
+
+from meshwright.compiler.graph import Value
+from meshwright.compiler.types import I, Size, Type
+
+BATCH_AXES = ("dp", "mb")
+"""Axes that split the batch: B in a margin is the batch of one replica and microbatch."""
+
+
+def shape_text(value: Value) -> str:
+    """``(B, T, 64/tp)``: the shape with symbols, split dims marked with their axes."""
+    sizes = [_size_text(value, dim, size) for dim, size in enumerate(value.shape)]
+    return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
+
+
+def _size_text(value: Value, dim: int, size: Size) -> str:
+    text = str(size).replace(" ", "") if "*" in str(size) else str(size)
+    axes = [a for a, t in value.types.items() if t.is_split and t.dim == dim and a not in BATCH_AXES]
+    return f"{text}/{'/'.join(axes)}" if axes else text
+
+
+def types_text(value: Value, axes: Mapping[str, int], before: Value | None = None) -> str:
+    """``tp I · dp P``: the types on axes larger than 1 that say something, both sides where ``before`` was converted."""
+    parts = []
+    for axis in [*(a for a in axes if a not in BATCH_AXES), *(a for a in axes if a in BATCH_AXES)]:
+        if axes[axis] == 1:
+            continue
+        here = value.types.get(axis, I)
+        if before is not None and before.types.get(axis, I) != here:
+            parts.append(f"{axis} {_short(before.types.get(axis, I))} -> {_short(here)}")
+        elif _matters(axis, here, value):
+            parts.append(f"{axis} {here}")
+    return " · ".join(parts)
+
+
+def _short(type_: Type) -> str:
+    return f"S({type_.dim})" if type_.is_split else str(type_)
+
+
+def _matters(axis: str, type_: Type, value: Value) -> bool:
+    if axis in BATCH_AXES:
+        return type_.kind == "P"
+    return type_.kind == "P" or (value.grad and type_.kind in "RI")
+
+
+def margin(value: Value, axes: Mapping[str, int], before: Value | None = None) -> str:
+    """The whole margin of a line without its ``#``."""
+    types = types_text(value, axes, before)
+    return f"{shape_text(value)}  {types}" if types else shape_text(value)

@@ -1,0 +1,407 @@
+"""From a function's graph to the lines of a forward: what goes on one line, what it is called, what stands beside it."""
+
+import builtins
+import keyword
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from meshwright.codegen.margin import margin
+from meshwright.codegen.shapes import spell_expand, spell_view
+from meshwright.codegen.spelling import Text, Use, plain, spell
+from meshwright.codegen.views import Line
+from meshwright.compiler.errors import InternalError
+from meshwright.compiler.graph import Function, Value, is_multiple
+from meshwright.compiler.names import Origin
+from meshwright.passes.reshard import conversion_of
+from meshwright.passes.rows import operands
+
+aten = torch.ops.aten
+COLUMN = 82
+"""Characters of code, without the indent of 8, that a line keeps to where it can be cut."""
+
+VIEWS = {
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.squeeze.default,
+}  # fmt: skip
+FOLDED_VIEWS = VIEWS | {aten.transpose.int, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int}
+RESERVED = {*keyword.kwlist, *dir(builtins), "self", "torch", "nn", "F", "param"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """A written function: its arguments in order and the lines of its forward."""
+
+    arguments: tuple[str, ...]
+    lines: tuple[Line, ...]
+    runtime: tuple[str, ...]
+    uses_functional: bool
+
+
+@dataclass(slots=True)
+class Writer:
+    """Writes one function.
+
+    names: what placeholders are called. attributes: parameter or buffer -> attribute of self. axes: sizes by axis, "mb" too.
+    """
+
+    function: Function
+    names: Mapping[fx.Node, str]
+    attributes: Mapping[str, str]
+    axes: Mapping[str, int]
+    modules: Mapping[fx.Node, "Call"] = field(default_factory=dict)
+    bound: dict[str, fx.Node] = field(default_factory=dict)
+    called: dict[fx.Node, str] = field(default_factory=dict)
+    pending: dict[fx.Node, Text] = field(default_factory=dict)
+    folded: set[fx.Node] = field(default_factory=set)
+    last_use: dict[fx.Node, int] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    runtime: set[str] = field(default_factory=set)
+    symbols: set[str] = field(default_factory=set)
+    section: tuple[str, str] | None = None
+    margin_above: str = ""
+    late_aliases: list[tuple[str, str]] = field(default_factory=list)
+
+    def write(self) -> Body:
+        order = [n for n in self.function.graph.nodes if n.op in ("call_function", "call_module")]
+        self._fold(order)
+        self._find_last_uses(order)
+        for node in self.function.inputs():
+            self._bind(node, self.names[node])
+        for position, node in enumerate(order):
+            if node not in self.folded and node.target is not operator.getitem:
+                self._line(node, position)
+        results = [self._text(n).code for n in self.function.results()]
+        self._return(results)
+        lines = self._symbol_lines() + self.lines
+        text = "\n".join(line.code for line in lines)
+        return Body(
+            arguments=tuple(self.names[n] for n in self.function.inputs()),
+            lines=tuple(lines),
+            runtime=tuple(sorted(self.runtime)),
+            uses_functional="F." in text,
+        )
+
+    # Which nodes share a line
+
+    def _fold(self, order: list[fx.Node]) -> None:
+        results = set(self.function.results())
+        width: dict[fx.Node, int] = {}
+        for node in order:
+            length = 12 + sum(width.get(n, 0) if n in self.folded else len(self._preferred(n)) for n in operands(node))
+            width[node] = length
+            if len(node.users) != 1 or node in results:
+                continue
+            (user,) = node.users
+            if self._may_fold(node, user) and length + 12 * (len(operands(user)) + 1) <= COLUMN:
+                self.folded.add(node)
+
+    def _may_fold(self, node: fx.Node, user: fx.Node) -> bool:
+        if node.op != "call_function" or conversion_of(node) or user.op == "call_module" or is_multiple(node):
+            return False
+        if node not in self.function.values:
+            return False
+        if user.target in FOLDED_VIEWS and self._same_statement(node, user) and operands(user)[0] is node:
+            return not conversion_of(user)
+        if self._is_bias(node, user):
+            return True
+        if any(n.op == "get_attr" for n in operands(node)) and node.target is not aten.to.dtype:
+            return False
+        mine = self.function.origins.get(node)
+        if mine is not None and mine.is_name_of_statement and not self._same_statement(node, user):
+            return False
+        pointwise = isinstance(node.target, torch._ops.OpOverload) and (
+            torch.Tag.pointwise in node.target.tags or node.target in FOLDED_VIEWS or node.target in (aten.to.dtype, aten.logsumexp.default, aten.mean.dim, aten.sum.default)
+        )
+        return pointwise and not conversion_of(user) and self._same_statement(node, user)
+
+    def _is_bias(self, node: fx.Node, user: fx.Node) -> bool:
+        products = (aten.linear.default, aten.matmul.default)
+        return node.target in products and user.target is aten.add.Tensor and user.args[0] is node and getattr(user.args[1], "op", "") == "get_attr"
+
+    def _same_statement(self, a: fx.Node, b: fx.Node) -> bool:
+        one, two = self.function.origins.get(a), self.function.origins.get(b)
+        return one is not None and two is not None and one.statement == two.statement
+
+    def _find_last_uses(self, order: list[fx.Node]) -> None:
+        where = {node: i for i, node in enumerate(order)}
+
+        def line_of(node: fx.Node) -> int:
+            while node in self.folded:
+                (node,) = node.users
+            return where.get(node, len(order))
+
+        for node in self.function.graph.nodes:
+            self.last_use[node] = max((line_of(user) for user in node.users), default=-1)
+            for user in node.users:
+                if user.target is operator.getitem and not is_multiple(node):
+                    self.last_use[node] = max(self.last_use[node], line_of(user))
+
+    # Lines
+
+    def _line(self, node: fx.Node, position: int) -> None:
+        if node in self.modules:
+            self._call_line(node, position)
+            return
+        code = self._spelled(node).code
+        self._open_section(node)
+        targets = [node]
+        if is_multiple(node):
+            count = max(int(u.args[1]) for u in node.users) + 1  # type: ignore[arg-type]
+            found: dict[int, fx.Node] = {int(u.args[1]): u for u in node.users}  # type: ignore[arg-type]
+            targets = [found[i] for i in sorted(found)]
+            names = ["_"] * count
+            for i, target in found.items():
+                names[i] = self._take(target, position)
+            self._emit(f"{', '.join(names)} = {code}", targets[0])
+            return
+        if getattr(node.target, "__name__", "") == "shard_range":
+            ends = sorted(node.users, key=lambda u: int(u.args[1]))  # type: ignore[arg-type]
+            names = [self._take(end, position) for end in ends]
+            self._emit(f"{', '.join(names)} = {code}", None)
+            return
+        if self._returns(node):
+            return
+        name = self._take(node, position)
+        self._emit(f"{name} = {code}", node)
+
+    def _returns(self, node: fx.Node) -> bool:
+        """Whether a node is returned directly: the last line of the function is ``return <its code>``."""
+        results = self.function.results()
+        if results == (node,) and len(node.users) == 1 and conversion_of(node) is None:
+            self.pending[node] = self._spelled(node)
+            return True
+        return False
+
+    def _return(self, results: list[str]) -> None:
+        node = self.function.results()[0]
+        text = f"return {', '.join(results)}"
+        if node in self.pending:
+            self._emit(text, node, force=True)
+        else:
+            self.lines.append(Line(code=text, margin=""))
+
+    def _call_line(self, node: fx.Node, position: int) -> None:
+        call = self.modules[node]
+        if call.skip:
+            return
+        self._open_section(node)
+        arguments = [self._text(n).code for n in node.args]  # type: ignore[arg-type]
+        last = call.last
+        if call.loop is None:
+            name = self._take_results(node, position)
+            self._emit(f"{name} = self.{call.attribute}({', '.join(arguments)})", node if node in self.function.values else None)
+            return
+        carried = node.args[call.carried]
+        end = position + call.count - 1
+        name = self._preferred(last)
+        if self.called[carried] != name or self.last_use[carried] > position:  # type: ignore[index]
+            self._free(name, position, but=carried)  # type: ignore[arg-type]
+            self._emit(f"{name} = {arguments[call.carried]}", None, blank=True)
+        arguments[call.carried] = name
+        self.lines.append(Line(code=f"for {call.variable} in self.{call.loop}:", margin="", blank=not self._was_blank()))
+        self._rebind(last, name)
+        self._emit(f"    {name} = {call.variable}({', '.join(arguments)})", last)
+        del end
+
+    def _was_blank(self) -> bool:
+        return bool(self.lines) and self.lines[-1].blank
+
+    def _take_results(self, node: fx.Node, position: int) -> str:
+        if node in self.function.values:
+            return self._take(node, position)
+        return ", ".join(self._take(u, position) for u in sorted(node.users, key=lambda u: int(u.args[1])))  # type: ignore[arg-type]
+
+    def _emit(self, code: str, node: fx.Node | None, blank: bool = False, force: bool = False) -> None:
+        text = ""
+        if node is not None and node in self.function.values:
+            value = self.function.values[node]
+            before = self.function.values.get(node.args[0]) if conversion_of(node) else None  # type: ignore[arg-type]
+            text = margin(value, self.axes, before)
+        shown = "" if text == self.margin_above and not force else text
+        self.lines.append(Line(code=code, margin=shown, blank=blank))
+        if text and conversion_of(node) if node is not None else False:
+            value = self.function.values[node]  # type: ignore[index]
+            self.margin_above = margin(value, self.axes)
+        elif text:
+            self.margin_above = text
+
+    def _open_section(self, node: fx.Node) -> None:
+        origin = self.function.origins.get(node)
+        if origin is None or not origin.section:
+            return
+        file = os.path.basename(origin.statement[0])
+        key = (origin.section, origin.module_path)
+        if key != self.section:
+            self.section = key
+            where = f"{file}:{origin.statement[1]}" if file else ""
+            self.lines.append(Line(code=f"# {_comment(origin.section)}", margin=_comment(where), blank=True, is_comment=True))
+            self._flush_aliases()
+
+    # Names
+
+    def _preferred(self, node: fx.Node) -> str:
+        if node in self.names:
+            return self.names[node]
+        origin: Origin | None = self.function.origins.get(node)
+        name = origin.name if origin else str(node.name)
+        name = "".join(c if c.isalnum() or c == "_" else "_" for c in name) or "value"
+        if name[0].isdigit() or name in RESERVED or any(name == str(s) for s in self._all_symbols()):
+            name = f"{name}_" if not name[0].isdigit() else f"_{name}"
+        return name
+
+    def _all_symbols(self) -> set[str]:
+        return {str(s) for v in self.function.values.values() for size in v.shape if isinstance(size, sympy.Expr) for s in size.free_symbols}
+
+    def _bind(self, node: fx.Node, name: str) -> None:
+        self.bound[name] = node
+        self.called[node] = name
+
+    def _rebind(self, node: fx.Node, name: str) -> None:
+        self._bind(node, name)
+
+    def _take(self, node: fx.Node, position: int) -> str:
+        """The name that ``node`` is bound to at ``position``; a value that still lives keeps its alias, or keeps the name."""
+        name = self._preferred(node)
+        if not self._free(name, position):
+            number = 2
+            while f"{name}_{number}" in self.bound and self.last_use[self.bound[f"{name}_{number}"]] > position:
+                number += 1
+            name = f"{name}_{number}"
+        self._bind(node, name)
+        return name
+
+    def _free(self, name: str, position: int, but: fx.Node | None = None) -> bool:
+        old = self.bound.get(name)
+        if old is None or old is but or self.called.get(old) != name or self.last_use[old] <= position:
+            return True
+        origin = self.function.origins.get(old)
+        for alias in origin.aliases if origin else ():
+            holder = self.bound.get(alias)
+            if alias not in RESERVED and (holder is None or self.called.get(holder) != alias or self.last_use[holder] <= position):
+                self._insert_alias(old, alias, name)
+                self._bind(old, alias)
+                return True
+        return False
+
+    def _insert_alias(self, node: fx.Node, alias: str, name: str) -> None:
+        """Put ``residual = hidden_states`` where the user has it: after the first line since the value was bound."""
+        index = len(self.lines)
+        for i in range(len(self.lines) - 1, -1, -1):
+            if self.lines[i].code.startswith(f"{name} = ") or self.lines[i].code.startswith(f"    {name} = "):
+                index = i + 1
+                break
+        else:
+            index = 0
+        while index < len(self.lines) and self.lines[index].is_comment:
+            index += 1
+        value = self.function.values.get(node)
+        first = index <= 1 and value is not None
+        self.lines.insert(index, Line(code=f"{alias} = {name}", margin=margin(value, self.axes) if first and value else ""))
+
+    def _flush_aliases(self) -> None:
+        self.late_aliases.clear()
+
+    # Text
+
+    def _text(self, node: fx.Node) -> Text:
+        if node in self.pending:
+            return self.pending[node]
+        if node in self.folded:
+            return self._spelled(node)
+        if node.op == "get_attr":
+            return Text(f"self.{self.attributes[str(node.target)]}")
+        return Text(self.called[node])
+
+    def _spelled(self, node: fx.Node) -> Text:
+        values = self.function.values
+        if self._joins_bias(node):
+            product, bias = node.args
+            inner = self._use(product)  # type: ignore[arg-type]
+            if product.target is aten.linear.default:  # type: ignore[union-attr]
+                return Text(f"F.linear({', '.join(a.code for a in inner.args)}, {self._text(bias).code})")  # type: ignore[arg-type]
+        if node.target in VIEWS:
+            source = operands(node)[0]
+            return spell_view(self._text(source), values[source], values[node], self._is_split, self._size)
+        if node.target is aten.expand.default:
+            source = operands(node)[0]
+            return spell_expand(self._text(source), values[source], values[node], self._size)
+        module = getattr(node.target, "__module__", "")
+        if module.startswith("meshwright.runtime"):
+            self.runtime.add(node.target.__name__)  # type: ignore[union-attr]
+        return spell(self._use(node))
+
+    def _joins_bias(self, node: fx.Node) -> bool:
+        first = node.args[0] if node.args else None
+        return isinstance(first, fx.Node) and first in self.folded and self._is_bias(first, node)
+
+    def _use(self, node: fx.Node) -> Use:
+        args, kwargs = map_aggregate((node.args, dict(node.kwargs)), lambda a: self._text(a) if isinstance(a, fx.Node) else a)
+        return Use(
+            target=node.target,
+            args=tuple(args),
+            kwargs=kwargs,
+            operands=tuple(self.function.values[n] for n in operands(node) if n in self.function.values),
+            result=self.function.values.get(node),
+            size=self._size,
+            device=self._device(),
+            is_split=self._is_split,
+        )
+
+    def _device(self) -> str:
+        names = [self.names[n] for n in self.function.inputs()]
+        return f"{names[0]}.device" if names else "None"
+
+    def _is_split(self, value: Value, dim: int) -> bool:
+        return any(t.is_split and t.dim == dim for axis, t in value.types.items() if axis not in ("dp", "mb"))
+
+    def _size(self, size: Any) -> str:
+        if isinstance(size, sympy.Expr):
+            self.symbols |= {str(s) for s in size.free_symbols}
+        return plain(size) if not isinstance(size, sympy.Expr) else str(size)
+
+    def _symbol_lines(self) -> list[Line]:
+        """``T = input_ids.shape[1]`` for every size that the code names."""
+        lines = []
+        for symbol in sorted(self.symbols):
+            place = self._place_of(symbol)
+            if place is None:
+                raise InternalError(f"no input of the function has the size {symbol} whole")
+            lines.append(Line(code=f"{symbol} = {place}", margin=""))
+        return lines
+
+    def _place_of(self, symbol: str) -> str | None:
+        for node in self.function.inputs():
+            value = self.function.values[node]
+            for dim, size in enumerate(value.shape):
+                if str(size) == symbol and not self._is_split(value, dim):
+                    return f"{self.names[node]}.shape[{dim}]"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """How an instance of a block is called: by its own attribute, or as part of a loop over ``count`` instances.
+
+    carried: the argument that each instance hands to the next; last: the last node of the loop. skip: written by the loop.
+    """
+
+    last: fx.Node
+    attribute: str = ""
+    loop: str | None = None
+    variable: str = "layer"
+    count: int = 1
+    carried: int = 0
+    skip: bool = False
+
+
+def _comment(text: str) -> str:
+    """Text of the model's own as it may stand in a comment: one line."""
+    return " ".join(text.split())

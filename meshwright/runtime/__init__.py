@@ -1,0 +1,30 @@
+"""What runs on a rank: collectives, parameters, the schedule and the Trainer. Imports nothing of the compiler."""
+
+from meshwright.runtime.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    invariant_to_replicated,
+    part_of_mean,
+    reduce_scatter,
+    shard,
+    shard_range,
+)
+from meshwright.runtime.errors import BundleError, MeshwrightError, PlanError, RankError
+from meshwright.runtime.trainer import Trainer
+
+__all__ = [
+    "BundleError",
+    "MeshwrightError",
+    "PlanError",
+    "RankError",
+    "Trainer",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "invariant_to_replicated",
+    "part_of_mean",
+    "reduce_scatter",
+    "shard",
+    "shard_range",
+]

@@ -1,0 +1,78 @@
+"""Every compiled program equals one device: loss, every gradient, every updated parameter."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gloo import parity
+from tests.gloo.pool import Pool
+
+DP, TP, PP = {"dp": 2}, {"tp": 2}, {"pp": 2}
+ALL = {"dp": 2, "pp": 2, "tp": 2}
+
+CASES: list[tuple[str, dict[str, int], dict[str, Any], dict[str, Any]]] = [
+    # model, mesh, plan, and what else differs
+    ("mlp", DP, {}, {}),
+    ("mlp", DP, {"zero": 1, "microbatches": 3}, {}),
+    ("mlp", DP, {"zero": 2, "microbatches": 2}, {}),
+    ("mlp", DP, {"zero": 3}, {}),
+    ("mlp", TP, {}, {}),
+    ("mlp", PP, {"microbatches": 1}, {}),
+    ("mlp", {"pp": 4}, {"microbatches": 2, "schedule": "gpipe"}, {}),
+    ("mlp", ALL, {"zero": 3, "microbatches": 3}, {}),
+    ("llama", DP, {"microbatches": 2}, {}),
+    ("llama", DP, {"zero": 1}, {}),
+    ("llama", DP, {"zero": 2, "microbatches": 3}, {}),
+    ("llama", DP, {"zero": 3, "microbatches": 2}, {}),
+    ("llama", TP, {}, {}),
+    ("llama", TP, {"sequence_parallel": True}, {}),
+    ("llama", {"tp": 4}, {}, {}),
+    ("llama", PP, {"microbatches": 4}, {}),
+    ("llama", PP, {"microbatches": 3, "schedule": "gpipe"}, {}),
+    ("llama", {"pp": 4}, {"microbatches": 2}, {}),
+    ("llama", {"dp": 2, "pp": 2}, {"zero": 2, "microbatches": 3}, {}),
+    ("llama", {"dp": 2, "tp": 2}, {"zero": 3, "sequence_parallel": True}, {}),
+    ("llama", {"pp": 2, "tp": 2}, {"microbatches": 4, "schedule": "gpipe"}, {}),
+    ("llama", ALL, {"zero": 1, "microbatches": 3}, {}),
+    ("llama", ALL, {"zero": 3, "microbatches": 2}, {"kind": "padded"}),
+    ("llama", {"dp": 2, "tp": 2}, {}, {"loss": "squared_error"}),
+    ("llama", ALL, {"zero": 1, "microbatches": 2}, {"size": 8, "length": 10}),
+    ("gpt2", DP, {"zero": 3}, {}),
+    ("gpt2", {"tp": 4}, {}, {}),
+    ("gpt2", {"dp": 2, "pp": 2}, {"zero": 1, "microbatches": 3}, {"kind": "padded"}),
+    ("gpt2", ALL, {"zero": 2, "microbatches": 2}, {}),
+    ("gpt2", {"pp": 4}, {"microbatches": 3}, {}),
+    ("falcon", {"dp": 2, "tp": 2}, {"zero": 1}, {}),
+    ("falcon", {"tp": 4}, {}, {}),
+    ("falcon", ALL, {"zero": 3, "microbatches": 3}, {}),
+    ("falcon_new", {"pp": 2, "tp": 2}, {"microbatches": 1}, {}),
+    ("falcon_new", {"dp": 2, "tp": 2}, {"zero": 2, "sequence_parallel": True}, {"kind": "padded"}),
+]
+
+
+@functools.cache
+def _reference(name: str, kind: str, size: int, length: int, loss: str) -> dict[str, Any]:
+    return parity.reference(name, kind, size, length, loss)
+
+
+def _label(value: object) -> str:
+    if isinstance(value, dict):
+        return "-".join(f"{k}{v}" for k, v in value.items()) or "plain"
+    return str(value)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("name", "mesh", "plan", "other"), CASES, ids=_label)
+def test_equals_one_device(
+    name: str, mesh: dict[str, int], plan: dict[str, Any], other: dict[str, Any], pool: Pool, tmp_path: Path
+) -> None:
+    kind, loss = other.get("kind", "uneven"), other.get("loss", "")
+    size, length = other.get("size", 12), other.get("length", 16)
+    parity.compile_case(tmp_path / "bundle", name, mesh, plan, kind, loss)
+    ranks = 1
+    for axis in mesh.values():
+        ranks *= axis
+    got = pool.run("tests.gloo.parity:train", (str(tmp_path / "bundle"), name, kind, size, length), ranks=ranks)
+    parity.compare(got, _reference(name, kind, size, length, loss))
