@@ -121,5 +121,3 @@ def _timed(progress: Progress | None) -> Iterator[Callable[[str], None]]:
         last = now
 
     yield done
-
-

@@ -1,7 +1,6 @@
 """Small models for the tests, with batches that are hard on exactness, rebuilt the same in every process."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -45,8 +44,12 @@ def llama(num_layers: int = 4, kv: int = 2) -> nn.Module:
 
     return LlamaForCausalLM(  # type: ignore[no-any-return]
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=176, num_hidden_layers=num_layers,
-            num_attention_heads=4, num_key_value_heads=kv,
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=kv,
         )  # fmt: skip
     )
 
@@ -56,7 +59,13 @@ def gpt2(num_layers: int = 4) -> nn.Module:
 
     return GPT2LMHeadModel(  # type: ignore[no-any-return]
         GPT2Config(
-            vocab_size=VOCABULARY, n_embd=64, n_layer=num_layers, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+            vocab_size=VOCABULARY,
+            n_embd=64,
+            n_layer=num_layers,
+            n_head=4,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
             attn_pdrop=0.0,
         )  # fmt: skip
     )
@@ -67,8 +76,12 @@ def falcon(num_layers: int = 4, new: bool = False) -> nn.Module:
 
     return FalconForCausalLM(  # type: ignore[no-any-return]
         FalconConfig(
-            vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
-            new_decoder_architecture=new, num_kv_heads=2 if new else None,
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            new_decoder_architecture=new,
+            num_kv_heads=2 if new else None,
         )  # fmt: skip
     )
 

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""From the lowered program to readable files."""

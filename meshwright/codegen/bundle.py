@@ -1,1 +1,2 @@
-def verify_bundle(d): return []
+def verify_bundle(d):
+    return []

@@ -112,7 +112,12 @@ def _json(manifest: Mapping[str, Any]) -> str:
     """JSON with one line for each entry of the second level: to be read and compared."""
     parts = []
     for key, value in manifest.items():
-        if isinstance(value, dict) and value and all(isinstance(v, (dict, str)) for v in value.values()) and key not in ("versions",):
+        if (
+            isinstance(value, dict)
+            and value
+            and all(isinstance(v, (dict, str)) for v in value.values())
+            and key not in ("versions",)
+        ):
             rows = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
             parts.append(f"  {json.dumps(key)}: {{\n{rows}\n  }}")
         elif isinstance(value, list) and value:
@@ -193,7 +198,9 @@ def _data(lowered: Lowered) -> list[str]:
             lines.append(f"{name} = torch.ones({tuple(value.shape)}, dtype=torch.bool)")
         else:
             high = _high(lowered, value)
-            lines.append(f"{name} = torch.randint({high}, {tuple(value.shape)}, generator=generator, dtype={value.dtype})")
+            lines.append(
+                f"{name} = torch.randint({high}, {tuple(value.shape)}, generator=generator, dtype={value.dtype})"
+            )
         names.append(name)
     if {"input_ids", "labels"} <= set(names):
         lines = [line for line in lines if not line.startswith("labels = ")]
@@ -216,7 +223,11 @@ def _high(lowered: Lowered, value: torch.Tensor) -> int:
 def _write_weights(lowered: Lowered, directory: Path) -> None:
     """Whole tensors by the model's names, in shards, with an index; nothing for a model without real parameters."""
     tensors = lowered.capture.tensors
-    names = [*lowered.capture.parameters, *lowered.buffers, *(n for n, b in lowered.capture.buffers.items() if n not in lowered.buffers)]
+    names = [
+        *lowered.capture.parameters,
+        *lowered.buffers,
+        *(n for n, b in lowered.capture.buffers.items() if n not in lowered.buffers),
+    ]
     owners = dict.fromkeys(lowered.buffers[n][0].name if n in lowered.buffers else n for n in names)
     real = [name for name in owners if name in tensors and not tensors[name].is_meta]
     if not real:

@@ -41,14 +41,21 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
             leaf.name: {
                 "shape": _shape(leaf.shape),
                 "dtype": _dtype(leaf.dtype),
-                "types": {axis: "S(0)" for axis, size in axes_of(lowered).items() if leaf.batched and axis in ("dp", "mb")},
+                "types": {
+                    axis: "S(0)" for axis, size in axes_of(lowered).items() if leaf.batched and axis in ("dp", "mb")
+                },
             }
             for leaf in lowered.capture.inputs
         },
         "loss": {"stage": last, "types": _types(lowered.loss, axes_of(lowered))},
         "stages": [_stage(lowered, stage, edges) for stage in lowered.stages],
         "buffers": {
-            name: {"shape": list(buffer.shape), "dtype": _dtype(buffer.dtype), "stages": list(stages), "persistent": buffer.persistent}
+            name: {
+                "shape": list(buffer.shape),
+                "dtype": _dtype(buffer.dtype),
+                "stages": list(stages),
+                "persistent": buffer.persistent,
+            }
             for name, (buffer, stages) in lowered.buffers.items()
         },
         "parameters": _parameters(lowered),
@@ -147,7 +154,9 @@ def _explained(lowered: Lowered, stage: Stage) -> list[dict[str, Any]]:
                     "from": str(source.types.get(axis, I)),
                     "to": str(target.types.get(axis, I)),
                     "bytes": _bytes(lowered, source, axes),
-                    "at": f"{origin.statement[0].rsplit('/', 1)[-1]}:{origin.statement[1]}" if origin and origin.statement[0] else "",
+                    "at": f"{origin.statement[0].rsplit('/', 1)[-1]}:{origin.statement[1]}"
+                    if origin and origin.statement[0]
+                    else "",
                 }
             )
     return rows

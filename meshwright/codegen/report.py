@@ -60,7 +60,12 @@ def _parameter_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
             text = ", ".join(f"{axis} {held}" for axis, held in types.items())
             rows.setdefault((_pattern(name) + piece, str(tuple(entry["shape"])), text), []).append(name)
     return [
-        [pattern if len(names) > 1 else names[0] + pattern.partition("[")[1] + pattern.partition("[")[2], shape, text, f"x{len(names)}" if len(names) > 1 else ""]
+        [
+            pattern if len(names) > 1 else names[0] + pattern.partition("[")[1] + pattern.partition("[")[2],
+            shape,
+            text,
+            f"x{len(names)}" if len(names) > 1 else "",
+        ]
         for (pattern, shape, text), names in rows.items()
     ]
 

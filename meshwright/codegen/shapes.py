@@ -16,7 +16,9 @@ def spell_view(x: Text, source: Value, target: Value, is_split: IsSplit, size: C
     code = x.at(20)
     factors = of_view(source.shape, target.shape)
     if _product(factors) != _product_of(source.shape):
-        return Text(f"{code}.reshape({', '.join(_literal(target, d, is_split, size) for d in range(len(target.shape)))})")
+        return Text(
+            f"{code}.reshape({', '.join(_literal(target, d, is_split, size) for d in range(len(target.shape)))})"
+        )
     steps = _unflattened(code, source, target, factors, is_split, size)
     return Text(steps)
 

@@ -73,7 +73,9 @@ def _infix(symbol: str, strength: int, commutes: bool = True) -> Spelling:
     def write(use: Use) -> Text:
         left, right = (a if isinstance(a, Text) else Text(plain(a)) for a in use.args[:2])
         if use.kwargs.get("alpha", 1) != 1:
-            return Text(f"torch.{use.target._schema.name.split('::')[1]}({left.code}, {right.code}, alpha={use.kwargs['alpha']})")
+            return Text(
+                f"torch.{use.target._schema.name.split('::')[1]}({left.code}, {right.code}, alpha={use.kwargs['alpha']})"
+            )
         return Text(f"{left.at(strength)} {symbol} {right.at(strength if commutes else strength + 1)}", strength)
 
     return write
@@ -83,8 +85,16 @@ def _function(name: str, *keywords: str) -> Spelling:
     """``name(x, ...)``: arguments beyond the tensors carry their keyword where one is given."""
 
     def write(use: Use) -> Text:
-        written = [plain(a) for a in use.args if isinstance(a, Text) or (isinstance(a, (list, tuple)) and a and isinstance(a[0], Text))]
-        rest = [a for a in use.args if not isinstance(a, Text) and not (isinstance(a, (list, tuple)) and a and isinstance(a[0], Text))]
+        written = [
+            plain(a)
+            for a in use.args
+            if isinstance(a, Text) or (isinstance(a, (list, tuple)) and a and isinstance(a[0], Text))
+        ]
+        rest = [
+            a
+            for a in use.args
+            if not isinstance(a, Text) and not (isinstance(a, (list, tuple)) and a and isinstance(a[0], Text))
+        ]
         named = list(zip(keywords, rest, strict=False)) + list(use.kwargs.items())
         written += [f"{key}={plain(value)}" for key, value in named if value is not None]
         return Text(f"{name}({', '.join(written)})")
@@ -133,7 +143,13 @@ def _embedding(use: Use) -> Text:
 
 def _attention(use: Use) -> Text:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    defaults: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    defaults: dict[str, Any] = {
+        "attn_mask": None,
+        "dropout_p": 0.0,
+        "is_causal": False,
+        "scale": None,
+        "enable_gqa": False,
+    }
     given = {**dict(zip(names, use.args, strict=False)), **use.kwargs}
     written = [given[name].code for name in names[:3]]
     written += [given["attn_mask"].code] if isinstance(given.get("attn_mask"), Text) else []
@@ -143,7 +159,9 @@ def _attention(use: Use) -> Text:
 
 def _cat(use: Use) -> Text:
     dim = use.argument(1, "dim", 0)
-    return Text(f"torch.cat({plain(tuple(use.args[0]))}, dim={dim})" if dim else f"torch.cat({plain(tuple(use.args[0]))})")
+    return Text(
+        f"torch.cat({plain(tuple(use.args[0]))}, dim={dim})" if dim else f"torch.cat({plain(tuple(use.args[0]))})"
+    )
 
 
 def _slice(use: Use) -> Text:
@@ -191,7 +209,9 @@ def _filled(name: str) -> Spelling:
 
 
 def _runtime(use: Use) -> Text:
-    written = [plain(a) for a in use.args] + [f"{k}={use.size(v) if k == 'groups' else plain(v)}" for k, v in use.kwargs.items()]
+    written = [plain(a) for a in use.args] + [
+        f"{k}={use.size(v) if k == 'groups' else plain(v)}" for k, v in use.kwargs.items()
+    ]
     return Text(f"{use.target.__name__}({', '.join(written)})")
 
 
@@ -227,7 +247,12 @@ def _by_schema(use: Use) -> Text:
     positional = [a for a in arguments if not a.kwarg_only]
     kwargs = {k: v for k, v in use.kwargs.items() if k not in skipped and v is not None}
     values = list(use.args)
-    while values and len(values) > 1 and not isinstance(values[-1], Text) and values[-1] == positional[len(values) - 1].default_value:
+    while (
+        values
+        and len(values) > 1
+        and not isinstance(values[-1], Text)
+        and values[-1] == positional[len(values) - 1].default_value
+    ):
         values.pop()
     written = [plain(a) for a in values] + [f"{k}={plain(v)}" for k, v in kwargs.items()]
     owner = next((o for o, m in (("torch", torch), ("F", F)) if hasattr(m, name)), None)
@@ -286,6 +311,8 @@ SPELLINGS: Mapping[Any, Spelling] = {
     aten.full.default: _filled("full"),
     aten.to.dtype: lambda use: Text(f"{use.args[0].at(20)}.to({use.args[1]})"),
     aten.transpose.int: _method("transpose"),
+    aten.unsqueeze.default: _method("unsqueeze"),
+    aten.squeeze.dim: _method("squeeze"),
     aten.permute.default: _permute,
     aten.detach.default: _method("detach"),
     aten.masked_fill.Scalar: _masked_fill,
@@ -306,7 +333,11 @@ SPELLINGS: Mapping[Any, Spelling] = {
 
 def _reduction(name: str, use: Use) -> Text:
     dims = use.args[1]
-    code = plain(dims[0]) if isinstance(dims, (list, tuple)) and len(dims) == 1 else plain(tuple(dims) if dims is not None else None)
+    code = (
+        plain(dims[0])
+        if isinstance(dims, (list, tuple)) and len(dims) == 1
+        else plain(tuple(dims) if dims is not None else None)
+    )
     keepdim = ", keepdim=True" if use.argument(2, "keepdim", False) else ""
     dtype = f", dtype={use.kwargs['dtype']}" if use.kwargs.get("dtype") else ""
     return Text(f"{use.args[0].at(20)}.{name}({code}{keepdim}{dtype})")

@@ -31,7 +31,9 @@ def edge_names(lowered: Lowered) -> dict[str, str]:
     by_stage: list[set[str]] = [set(taken) for _ in lowered.stages]
     for stage in lowered.stages:
         for edge in stage.sends:
-            node = next(n for k in edge.destinations for n in lowered.stages[k].function.inputs() if n.target == edge.name)
+            node = next(
+                n for k in edge.destinations for n in lowered.stages[k].function.inputs() if n.target == edge.name
+            )
             receiver = lowered.stages[edge.destinations[0]].function
             origin = receiver.origins.get(node)
             name = identifier(origin.name if origin else edge.name)
@@ -136,7 +138,11 @@ class _StageWriter:
         init = []
         if self.shared:
             types = ", ".join(f'{axis}="{held}"' for axis, held in self.shared.items())
-            note = f"  # at rest -> in use: {_pending(self.shared)}" if any(h.rest != h.use for h in self.shared.values()) else ""
+            note = (
+                f"  # at rest -> in use: {_pending(self.shared)}"
+                if any(h.rest != h.use for h in self.shared.values())
+                else ""
+            )
             init.append(f"param = param.typed({types}){note}")
         init += self._declared(function, attributes, "")
         init += [line for _, line in lists]
@@ -176,7 +182,9 @@ class _StageWriter:
                 attribute = _unused(name, {a for a, _ in lists})
                 lists.append((attribute, f"self.{attribute} = nn.ModuleList({_instances(block, paths)})"))
                 carried = run[1].args.index(run[0])
-                variable = name[:-1] if name.endswith("s") and len(name) > 2 else "block" if name != "block" else "layer"
+                variable = (
+                    name[:-1] if name.endswith("s") and len(name) > 2 else "block" if name != "block" else "layer"
+                )
                 calls[run[0]] = Call(last=run[-1], loop=attribute, variable=variable, count=len(run), carried=carried)
                 for node in run[1:]:
                     calls[node] = Call(last=run[-1], skip=True)
@@ -189,7 +197,11 @@ class _StageWriter:
         by_name = {str(n.target): function.values[n] for n in function.graph.nodes if n.op == "get_attr"}
         if not prefix and self.stage.prepare is not None:
             by_name = {
-                **{str(n.target): self.stage.prepare.values[n] for n in self.stage.prepare.graph.nodes if n.op == "get_attr"},
+                **{
+                    str(n.target): self.stage.prepare.values[n]
+                    for n in self.stage.prepare.graph.nodes
+                    if n.op == "get_attr"
+                },
                 **by_name,
             }
         for name, value in by_name.items():
@@ -203,7 +215,9 @@ class _StageWriter:
             if placed is None:
                 buffer = self.lowered.buffers[full][0]
                 shape = _tuple(buffer.shape)
-                lines.append(Line(code=f"self.{attributes[name]} = param.buffer({_quoted(name)}, {shape})", margin=piece))
+                lines.append(
+                    Line(code=f"self.{attributes[name]} = param.buffer({_quoted(name)}, {shape})", margin=piece)
+                )
                 continue
             parts = [_quoted(re.sub(r"\[\d+:\d+\]$", "", name)), _tuple(placed.parameter.shape)]
             if placed.segment is not None:
@@ -225,11 +239,13 @@ class _StageWriter:
         for node in self.stage.function.graph.nodes:
             if node.op == "call_module":
                 paths.setdefault(str(node.target))
-            elif node.op == "call_function" and (origin := self.stage.function.origins.get(node)) and origin.module_path:
+            elif (
+                node.op == "call_function" and (origin := self.stage.function.origins.get(node)) and origin.module_path
+            ):
                 paths.setdefault(origin.module_path)
-        text = _paths(list(paths)) or "the model"
+        shown = [p for p in paths if not any(q.startswith(f"{p}.") for q in paths)]
         last = self.stage.index == len(self.lowered.stages) - 1
-        return f"{text} and the loss" if last else text
+        return _paths(shown, ["the loss"] if last else []) or "the model"
 
     def docstring(self) -> str:
         count = len(self.lowered.stages)
@@ -266,9 +282,16 @@ def _run(nodes: list[fx.Node]) -> list[fx.Node]:
     for node in nodes[1:]:
         last = run[-1]
         fed = [i for i, argument in enumerate(node.args) if argument is last]
-        same = len(fed) == 1 and all(a is b for i, (a, b) in enumerate(zip(node.args, last.args, strict=False)) if i != fed[0])
+        same = len(fed) == 1 and all(
+            a is b for i, (a, b) in enumerate(zip(node.args, last.args, strict=False)) if i != fed[0]
+        )
         alone = all(user is node for user in last.users)
-        if not (same and alone and len(node.args) == len(last.args) and (len(run) == 1 or run[1].args.index(run[0]) == fed[0])):
+        if not (
+            same
+            and alone
+            and len(node.args) == len(last.args)
+            and (len(run) == 1 or run[1].args.index(run[0]) == fed[0])
+        ):
             break
         if last.args and _block_key(node) != _block_key(last):
             break
@@ -329,8 +352,8 @@ def _unused(name: str, taken: set[str]) -> str:
     return name
 
 
-def _paths(paths: Sequence[str]) -> str:
-    """Module paths with numbered ones as ranges: ``model.embed_tokens, model.layers.0-1``."""
+def _paths(paths: Sequence[str], more: Sequence[str] = ()) -> str:
+    """Module paths with numbered ones as ranges: ``model.embed_tokens and model.layers.0-1``."""
     found: list[tuple[str, list[int]]] = []
     for path in paths:
         match = re.match(r"^(.*\.|)(\d+)$", path)
@@ -340,7 +363,7 @@ def _paths(paths: Sequence[str]) -> str:
         else:
             found.append((stem, [number] if match else []))
     names = [f"{stem}{n[0]}" + (f"-{n[-1]}" if len(n) > 1 else "") if n else stem for stem, n in found]
-    names = list(dict.fromkeys(" ".join(n.split()) for n in names if n))
+    names = [*dict.fromkeys(" ".join(n.split()) for n in names if n), *more]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
@@ -392,5 +415,3 @@ def _legend(lowered: Lowered, lines: Sequence[Line]) -> Iterable[tuple[str, str]
             yield f"{axis} R", f"the same, but of its gradient each {axis} rank has a part, still to be summed"
         if re.search(rf"\b{axis} P", text):
             yield f"{axis} P", f"each {axis} rank has a part, still to be summed"
-
-

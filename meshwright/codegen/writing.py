@@ -24,14 +24,20 @@ from meshwright.passes.reshard import conversion_of
 from meshwright.passes.rows import operands
 
 aten = torch.ops.aten
-COLUMN = 82
+WIDTH = 98
 """Characters of code, without the indent of 8, that a line keeps to where it can be cut."""
 
 VIEWS = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
     aten.squeeze.dim, aten.squeeze.default,
 }  # fmt: skip
-FOLDED_VIEWS = VIEWS | {aten.transpose.int, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int}
+FOLDED_VIEWS = VIEWS | {
+    aten.transpose.int,
+    aten.permute.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+}
 RESERVED = {*keyword.kwlist, *dir(builtins), "self", "torch", "nn", "F", "param"}
 
 
@@ -65,9 +71,8 @@ class Writer:
     lines: list[Line] = field(default_factory=list)
     runtime: set[str] = field(default_factory=set)
     symbols: set[str] = field(default_factory=set)
-    section: tuple[str, str] | None = None
+    section: str = ""
     margin_above: str = ""
-    late_aliases: list[tuple[str, str]] = field(default_factory=list)
 
     def write(self) -> Body:
         order = [n for n in self.function.graph.nodes if n.op in ("call_function", "call_module")]
@@ -93,38 +98,36 @@ class Writer:
 
     def _fold(self, order: list[fx.Node]) -> None:
         results = set(self.function.results())
-        width: dict[fx.Node, int] = {}
         for node in order:
-            length = 12 + sum(width.get(n, 0) if n in self.folded else len(self._preferred(n)) for n in operands(node))
-            width[node] = length
-            if len(node.users) != 1 or node in results:
-                continue
-            (user,) = node.users
-            if self._may_fold(node, user) and length + 12 * (len(operands(user)) + 1) <= COLUMN:
-                self.folded.add(node)
+            if len(node.users) == 1 and node not in results:
+                (user,) = node.users
+                if self._may_fold(node, user):
+                    self.folded.add(node)
 
     def _may_fold(self, node: fx.Node, user: fx.Node) -> bool:
         if node.op != "call_function" or conversion_of(node) or user.op == "call_module" or is_multiple(node):
             return False
         if node not in self.function.values:
             return False
-        if user.target in FOLDED_VIEWS and self._same_statement(node, user) and operands(user)[0] is node:
-            return not conversion_of(user)
         if self._is_bias(node, user):
             return True
-        if any(n.op == "get_attr" for n in operands(node)) and node.target is not aten.to.dtype:
+        if conversion_of(user) or any(n.op == "get_attr" for n in operands(node)):
             return False
-        mine = self.function.origins.get(node)
-        if mine is not None and mine.is_name_of_statement and not self._same_statement(node, user):
-            return False
-        pointwise = isinstance(node.target, torch._ops.OpOverload) and (
-            torch.Tag.pointwise in node.target.tags or node.target in FOLDED_VIEWS or node.target in (aten.to.dtype, aten.logsumexp.default, aten.mean.dim, aten.sum.default)
-        )
-        return pointwise and not conversion_of(user) and self._same_statement(node, user)
+        if node.target in FOLDED_VIEWS:
+            takes_parameter = any(n.op == "get_attr" for n in operands(user)) and user.target not in FOLDED_VIEWS
+            return not takes_parameter
+        origin = self.function.origins.get(node)
+        named = origin is None or (origin.is_name_of_statement and not self._same_statement(node, user))
+        return not named and _is_light(node)
 
     def _is_bias(self, node: fx.Node, user: fx.Node) -> bool:
         products = (aten.linear.default, aten.matmul.default)
-        return node.target in products and user.target is aten.add.Tensor and user.args[0] is node and getattr(user.args[1], "op", "") == "get_attr"
+        return (
+            node.target in products
+            and user.target is aten.add.Tensor
+            and user.args[0] is node
+            and getattr(user.args[1], "op", "") == "get_attr"
+        )
 
     def _same_statement(self, a: fx.Node, b: fx.Node) -> bool:
         one, two = self.function.origins.get(a), self.function.origins.get(b)
@@ -150,7 +153,7 @@ class Writer:
         if node in self.modules:
             self._call_line(node, position)
             return
-        code = self._spelled(node).code
+        code = self._fitted(node, position)
         self._open_section(node)
         targets = [node]
         if is_multiple(node):
@@ -171,6 +174,25 @@ class Writer:
             return
         name = self._take(node, position)
         self._emit(f"{name} = {code}", node)
+
+    def _fitted(self, node: fx.Node, position: int) -> str:
+        """The code of a line; what is too much for it gets lines of its own first."""
+        while True:
+            code = self._spelled(node).code
+            inside = [n for n in self._inside(node) if self._text(n).code.count("(") + self._text(n).code.count("[")]
+            if len(code) + len(self._preferred(node)) + 3 <= WIDTH or not inside:
+                return code
+            longest = max(inside, key=lambda n: len(self._text(n).code))
+            self.folded.discard(longest)
+            self.last_use[longest] = position
+            for operand in operands(longest):
+                self.last_use[operand] = max(self.last_use.get(operand, -1), position)
+            self._line(longest, position)
+
+    def _inside(self, node: fx.Node) -> list[fx.Node]:
+        """The folded values directly on a node's line."""
+        joined = [n for n in operands(node) if n in self.folded]
+        return [n for n in joined if not self._is_bias(n, node)]
 
     def _returns(self, node: fx.Node) -> bool:
         """Whether a node is returned directly: the last line of the function is ``return <its code>``."""
@@ -197,19 +219,22 @@ class Writer:
         last = call.last
         if call.loop is None:
             name = self._take_results(node, position)
-            self._emit(f"{name} = self.{call.attribute}({', '.join(arguments)})", node if node in self.function.values else None)
+            self._emit(
+                f"{name} = self.{call.attribute}({', '.join(arguments)})",
+                node if node in self.function.values else None,
+            )
             return
         carried = node.args[call.carried]
-        end = position + call.count - 1
         name = self._preferred(last)
         if self.called[carried] != name or self.last_use[carried] > position:  # type: ignore[index]
             self._free(name, position, but=carried)  # type: ignore[arg-type]
             self._emit(f"{name} = {arguments[call.carried]}", None, blank=True)
         arguments[call.carried] = name
-        self.lines.append(Line(code=f"for {call.variable} in self.{call.loop}:", margin="", blank=not self._was_blank()))
+        self.lines.append(
+            Line(code=f"for {call.variable} in self.{call.loop}:", margin="", blank=not self._was_blank())
+        )
         self._rebind(last, name)
         self._emit(f"    {name} = {call.variable}({', '.join(arguments)})", last)
-        del end
 
     def _was_blank(self) -> bool:
         return bool(self.lines) and self.lines[-1].blank
@@ -227,10 +252,7 @@ class Writer:
             text = margin(value, self.axes, before)
         shown = "" if text == self.margin_above and not force else text
         self.lines.append(Line(code=code, margin=shown, blank=blank))
-        if text and conversion_of(node) if node is not None else False:
-            value = self.function.values[node]  # type: ignore[index]
-            self.margin_above = margin(value, self.axes)
-        elif text:
+        if text:
             self.margin_above = text
 
     def _open_section(self, node: fx.Node) -> None:
@@ -238,12 +260,12 @@ class Writer:
         if origin is None or not origin.section:
             return
         file = os.path.basename(origin.statement[0])
-        key = (origin.section, origin.module_path)
-        if key != self.section:
-            self.section = key
+        if origin.section != self.section:
+            self.section = origin.section
             where = f"{file}:{origin.statement[1]}" if file else ""
-            self.lines.append(Line(code=f"# {_comment(origin.section)}", margin=_comment(where), blank=True, is_comment=True))
-            self._flush_aliases()
+            self.lines.append(
+                Line(code=f"# {_comment(origin.section)}", margin=_comment(where), blank=True, is_comment=True)
+            )
 
     # Names
 
@@ -258,7 +280,13 @@ class Writer:
         return name
 
     def _all_symbols(self) -> set[str]:
-        return {str(s) for v in self.function.values.values() for size in v.shape if isinstance(size, sympy.Expr) for s in size.free_symbols}
+        return {
+            str(s)
+            for v in self.function.values.values()
+            for size in v.shape
+            if isinstance(size, sympy.Expr)
+            for s in size.free_symbols
+        }
 
     def _bind(self, node: fx.Node, name: str) -> None:
         self.bound[name] = node
@@ -285,7 +313,9 @@ class Writer:
         origin = self.function.origins.get(old)
         for alias in origin.aliases if origin else ():
             holder = self.bound.get(alias)
-            if alias not in RESERVED and (holder is None or self.called.get(holder) != alias or self.last_use[holder] <= position):
+            if alias not in RESERVED and (
+                holder is None or self.called.get(holder) != alias or self.last_use[holder] <= position
+            ):
                 self._insert_alias(old, alias, name)
                 self._bind(old, alias)
                 return True
@@ -304,10 +334,9 @@ class Writer:
             index += 1
         value = self.function.values.get(node)
         first = index <= 1 and value is not None
-        self.lines.insert(index, Line(code=f"{alias} = {name}", margin=margin(value, self.axes) if first and value else ""))
-
-    def _flush_aliases(self) -> None:
-        self.late_aliases.clear()
+        self.lines.insert(
+            index, Line(code=f"{alias} = {name}", margin=margin(value, self.axes) if first and value else "")
+        )
 
     # Text
 
@@ -327,6 +356,8 @@ class Writer:
             inner = self._use(product)  # type: ignore[arg-type]
             if product.target is aten.linear.default:  # type: ignore[union-attr]
                 return Text(f"F.linear({', '.join(a.code for a in inner.args)}, {self._text(bias).code})")  # type: ignore[arg-type]
+        if node.target in (aten.unsqueeze.default, aten.squeeze.dim):
+            return spell(self._use(node))
         if node.target in VIEWS:
             source = operands(node)[0]
             return spell_view(self._text(source), values[source], values[node], self._is_split, self._size)
@@ -343,7 +374,9 @@ class Writer:
         return isinstance(first, fx.Node) and first in self.folded and self._is_bias(first, node)
 
     def _use(self, node: fx.Node) -> Use:
-        args, kwargs = map_aggregate((node.args, dict(node.kwargs)), lambda a: self._text(a) if isinstance(a, fx.Node) else a)
+        args, kwargs = map_aggregate(
+            (node.args, dict(node.kwargs)), lambda a: self._text(a) if isinstance(a, fx.Node) else a
+        )
         return Use(
             target=node.target,
             args=tuple(args),
@@ -384,6 +417,20 @@ class Writer:
                 if str(size) == symbol and not self._is_split(value, dim):
                     return f"{self.names[node]}.shape[{dim}]"
         return None
+
+
+def _is_light(node: fx.Node) -> bool:
+    """Whether a value may be computed in the middle of another line."""
+    light = (
+        aten.to.dtype,
+        aten.logsumexp.default,
+        aten.mean.dim,
+        aten.sum.default,
+        aten.sum.dim_IntList,
+        aten.arange.default,
+    )
+    tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return tagged or node.target in light or node.target in FOLDED_VIEWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""What a program is: mesh, types, graph, capture, blocks, plan, errors."""

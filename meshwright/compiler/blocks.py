@@ -87,7 +87,10 @@ def _instance(function: Function, path: str, class_name: str) -> _Instance | Non
     attributes = [
         node
         for node in function.graph.nodes
-        if node.op == "get_attr" and node.users and set(node.users) <= members and str(node.target).startswith(f"{path}.")
+        if node.op == "get_attr"
+        and node.users
+        and set(node.users) <= members
+        and str(node.target).startswith(f"{path}.")
     ]
     if len(inside) < MIN_OPERATORS or not attributes:
         return None
@@ -124,7 +127,9 @@ def _signature(function: Function, capture: Capture, plan: Plan, instance: _Inst
             pinned = tuple(plan.pinned(names, axis) for axis in ("dp", "tp"))
             lines.append((name.removeprefix(instance.path), kind, pinned))
         else:
-            arguments = map_aggregate((node.args, dict(node.kwargs)), lambda a: number.get(a, a) if isinstance(a, fx.Node) else a)
+            arguments = map_aggregate(
+                (node.args, dict(node.kwargs)), lambda a: number.get(a, a) if isinstance(a, fx.Node) else a
+            )
             lines.append((str(node.target), repr(arguments), kind))
     lines.append(tuple(number[node] for node in instance.outputs))
     return repr(lines)

@@ -4,7 +4,6 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import sympy
@@ -120,7 +119,9 @@ def _leaves(
         if not isinstance(name, str) or not name.isidentifier():
             raise PlanError(f"the name {name!r} in example_inputs is no identifier")
         if not isinstance(value, (torch.Tensor, int, float, bool, str, type(None))):
-            raise PlanError(f"example_inputs[{name!r}] is a {type(value).__name__}: leaves are tensors or plain scalars")
+            raise PlanError(
+                f"example_inputs[{name!r}] is a {type(value).__name__}: leaves are tensors or plain scalars"
+            )
     # torch.export takes two arguments that are one tensor for one input.
     values = tuple(value.detach().clone() if isinstance(value, torch.Tensor) else value for value in values)
     if isinstance(batch, Mapping):
@@ -172,7 +173,11 @@ def _export(
         try:
             with keep_all_frames():
                 exported = export(
-                    step, leaves, dynamic_shapes=(shapes,), strict=False, prefer_deferred_runtime_asserts_over_guards=True
+                    step,
+                    leaves,
+                    dynamic_shapes=(shapes,),
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
                 )
             return exported, tuple(fixed)
         except PlanError:
@@ -229,9 +234,7 @@ def _check_loss(graph: fx.Graph) -> None:
         )
 
 
-def _symbols(
-    exported: ExportedProgram, leaves: tuple[Any, ...], batch_size: int
-) -> dict[sympy.Symbol, sympy.Symbol]:
+def _symbols(exported: ExportedProgram, leaves: tuple[Any, ...], batch_size: int) -> dict[sympy.Symbol, sympy.Symbol]:
     """From torch's symbols to ours."""
     sizes = _sizes(leaves, batch_size)
     specs = exported.graph_signature.input_specs
@@ -309,5 +312,3 @@ def _training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
-
-

@@ -1,9 +1,9 @@
 """Example inputs for models that know their own."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import inspect
 import torch
 from torch import nn
 

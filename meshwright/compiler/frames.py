@@ -116,7 +116,9 @@ def frames(node: fx.Node) -> tuple[Frame, ...]:
         numbers = [int(number) for number in re.findall(r"\d+", match["span"] or "")]
         result.append(
             Frame(
-                file=match["file"], line=int(match["line"]), function=match["function"],
+                file=match["file"],
+                line=int(match["line"]),
+                function=match["function"],
                 span=(numbers[0], numbers[1], numbers[2], numbers[3]) if numbers else None,
                 modules_inside=int(match["inside"] or 0),
             )  # fmt: skip

@@ -97,9 +97,7 @@ FUSIONS: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
 }
 
 
-def cut_segments(
-    graph: fx.Graph, attributes: Mapping[fx.Node, str], segments: dict[str, tuple[str, Segment]]
-) -> None:
+def cut_segments(graph: fx.Graph, attributes: Mapping[fx.Node, str], segments: dict[str, tuple[str, Segment]]) -> None:
     """Where a projection's output is cut into uneven parts (multi-query attention), read and multiply each part alone.
 
     An even cut needs nothing: a type ``S(d/g)`` splits each of its g parts. Fills ``segments``.
@@ -109,9 +107,7 @@ def cut_segments(
             _cut_projection(node, attributes, segments)
 
 
-def _cut_projection(
-    node: fx.Node, attributes: Mapping[fx.Node, str], segments: dict[str, tuple[str, Segment]]
-) -> None:
+def _cut_projection(node: fx.Node, attributes: Mapping[fx.Node, str], segments: dict[str, tuple[str, Segment]]) -> None:
     chain, last = [], node
     while len(last.users) == 1:
         (user,) = last.users
@@ -164,9 +160,7 @@ def _cuts(node: fx.Node, dim: int) -> list[tuple[int, int, fx.Node]] | None:
     return cuts if len(cuts) > 1 and complete else None
 
 
-def _segment(
-    matrix: fx.Node, name: str, start: int, length: int, segments: dict[str, tuple[str, Segment]]
-) -> fx.Node:
+def _segment(matrix: fx.Node, name: str, start: int, length: int, segments: dict[str, tuple[str, Segment]]) -> fx.Node:
     """The node that reads one part of a parameter along dim 0."""
     key = f"{name}[{start}:{start + length}]"
     for node in matrix.graph.nodes:
@@ -178,5 +172,3 @@ def _segment(
     with matrix.meta["val"].fake_mode:
         node.meta["val"] = torch.narrow(matrix.meta["val"], 0, start, length)
     return node
-
-

@@ -109,7 +109,13 @@ def _inline_submodules(module: fx.GraphModule) -> None:
 def _functionalize(node: fx.Node) -> None:
     """Turn an in-place operator into its pure form; refuse it where somebody still reads the old value."""
     name = getattr(node.target, "_schema", None) and node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-    if not name or not name.endswith("_") or name.startswith("_") or name.endswith("__") or node.target is aten.detach_.default:
+    if (
+        not name
+        or not name.endswith("_")
+        or name.startswith("_")
+        or name.endswith("__")
+        or node.target is aten.detach_.default
+    ):
         return
     pure = getattr(getattr(aten, name[:-1], None), node.target._overloadname, None)  # type: ignore[union-attr]
     changed = node.args[0]
@@ -162,7 +168,11 @@ def _and(node: fx.Node) -> fx.Node:
     """One spelling of "and"; a mask of ones leaves the other as it is."""
     left, right = node.args
     for ones, other in ((left, right), (right, left)):
-        if isinstance(other, fx.Node) and _is_all_true(ones) and shape_of(other.meta["val"]) == shape_of(node.meta["val"]):
+        if (
+            isinstance(other, fx.Node)
+            and _is_all_true(ones)
+            and shape_of(other.meta["val"]) == shape_of(node.meta["val"])
+        ):
             return other
     return insert(aten.bitwise_and.Tensor, (left, right), like=node)
 

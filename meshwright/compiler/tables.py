@@ -50,7 +50,9 @@ def function_of(
         elif node in attributes or node.op == "get_attr":
             copy = result.create_node("get_attr", attributes.get(node, str(node.target)))
         else:
-            arguments = map_aggregate((node.args, dict(node.kwargs)), lambda a: copies[a] if isinstance(a, fx.Node) else a)
+            arguments = map_aggregate(
+                (node.args, dict(node.kwargs)), lambda a: copies[a] if isinstance(a, fx.Node) else a
+            )
             copy = result.create_node("call_function", node.target, *arguments)
         copy.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "name")}
         copies[node] = copy
@@ -86,5 +88,3 @@ def simplify(expression: Any, renaming: Mapping[sympy.Symbol, sympy.Symbol]) -> 
         expression = expression.xreplace(dict(renaming))
         return int(expression) if expression.is_number else expression
     return int(expression)
-
-

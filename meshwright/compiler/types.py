@@ -70,7 +70,9 @@ def parse_type(text: str) -> Type:
     """Read ``"R"``, ``"I"``, ``"P"``, ``"S(0)"`` or ``"S(0/3)"``. Raises PlanError for anything else."""
     match = _TYPE.match(text.replace(" ", ""))
     if match is None:
-        raise PlanError(f"{text!r} is not a type: types are I, R, P, S(dim) and S(dim/groups), as in 'S(0)' or 'S(0/3)'")
+        raise PlanError(
+            f"{text!r} is not a type: types are I, R, P, S(dim) and S(dim/groups), as in 'S(0)' or 'S(0/3)'"
+        )
     if match["plain"]:
         return Type(match["plain"])  # type: ignore[arg-type]
     groups = match["groups"] or "1"

@@ -122,5 +122,3 @@ def holding_time(prices: Prices, value: Value, split: bool, pending: bool, piece
     elements = math.prod(prices.size(size) for size in value.shape)
     time = UPDATE_BYTES * elements / MEMORY_BANDWIDTH / (pieces if split else 1)
     return time + (2 * elements * BYTES / LINK_BANDWIDTH if pending else 0.0)
-
-

@@ -125,7 +125,9 @@ def _operand(text: str, part: str) -> Operand:
             continue
         match = _TERM.match(term)
         if match is None:
-            raise PlanError(f"rule {text!r}: {term!r} is no factor: a name, then '!' if whole, '?' if the operand may be absent")
+            raise PlanError(
+                f"rule {text!r}: {term!r} is no factor: a name, then '!' if whole, '?' if the operand may be absent"
+            )
         letters.append(Letter(match[1], bool(match[2])))
         optional |= bool(match[3])
     return Operand(tuple(letters), leading, optional)
@@ -157,7 +159,9 @@ def instantiate(rule: Rule, operands: tuple[Shape | None, ...], results: tuple[S
             del here[name]
         for name, place in here.items():
             if shape[place.dim] != sizes[name]:
-                raise PlanError(f"rule {rule.text!r}: {name!r} is {sizes[name]} in one operand and {shape[place.dim]} in another")
+                raise PlanError(
+                    f"rule {rule.text!r}: {name!r} is {sizes[name]} in one operand and {shape[place.dim]} in another"
+                )
     count = len(present)
     factors = tuple(
         Factor(
@@ -171,9 +175,7 @@ def instantiate(rule: Rule, operands: tuple[Shape | None, ...], results: tuple[S
         for name, size in sizes.items()
     )
     positions = [i for i, shape in enumerate(operands) if shape is not None]
-    linear = tuple(
-        frozenset(positions.index(p) for p in group if p in positions) for group in rule.linear
-    )
+    linear = tuple(frozenset(positions.index(p) for p in group if p in positions) for group in rule.linear)
     return Factors(factors=factors, linear=tuple(group for group in linear if group))
 
 
@@ -181,7 +183,9 @@ def _dims(rule: Rule, spec: Operand, shape: Shape) -> list[tuple[str, int]]:
     """(factor, dim) pairs of one operand; leading dims are named from the right, so that they broadcast."""
     extra = len(shape) - len(spec.letters)
     if extra < 0 or (extra > 0 and not spec.leading):
-        raise PlanError(f"rule {rule.text!r}: {' '.join(x.name for x in spec.letters)!r} does not fit a shape of {len(shape)} dims")
+        raise PlanError(
+            f"rule {rule.text!r}: {' '.join(x.name for x in spec.letters)!r} does not fit a shape of {len(shape)} dims"
+        )
     leading = [(f".{extra - dim}", dim) for dim in range(extra)]
     return leading + [(letter.name, extra + i) for i, letter in enumerate(spec.letters)]
 

@@ -29,7 +29,8 @@ def lower(capture: Capture, blocks: Blocks, parts: Partition, mesh: Mesh, plan: 
     received = [cutter.received for cutter in cutters]
     edges = _edges(blocks.main, parts, received)
     functions = [
-        cutter.function([e.name for e in edges if e.source == k], k == num_stages - 1) for k, cutter in enumerate(cutters)
+        cutter.function([e.name for e in edges if e.source == k], k == num_stages - 1)
+        for k, cutter in enumerate(cutters)
     ]
     actions = schedule(
         plan.schedule, num_stages, microbatches, [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
@@ -191,7 +192,9 @@ def _placed(
         owner, segment = capture.segments.get(name, (name, None))
         if owner in capture.parameters:
             parameter = capture.parameters[owner]
-            held = {axis: _held(axis, value, parameter.name, plan) for axis, size in mesh.axes if axis != "pp" and size > 1}
+            held = {
+                axis: _held(axis, value, parameter.name, plan) for axis, size in mesh.axes if axis != "pp" and size > 1
+            }
             parameters[name] = Placed(parameter=parameter, held=held, stages=tuple(where), segment=segment)
         else:
             buffers[name] = (capture.buffers[owner], tuple(where))
@@ -218,6 +221,8 @@ def _held(axis: str, value: Value, name: str, plan: Plan) -> Held:
         pin = plan.pinned((name,), "dp")
         rest = pin[1] if pin else S(0) if plan.zero == 3 and value.shape else I
         if rest not in (I, S(0)):
-            raise PlanError(f"the pin {pin[0] if pin else ''!r} wants dp={rest} for {name!r}: over dp parameters are whole (I) or split as S(0)")
+            raise PlanError(
+                f"the pin {pin[0] if pin else ''!r} wants dp={rest} for {name!r}: over dp parameters are whole (I) or split as S(0)"
+            )
         return Held(rest, R)
     return Held(I if use == R else use, use)

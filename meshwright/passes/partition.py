@@ -38,11 +38,15 @@ def partition(blocks: Blocks, num_stages: int, split: tuple[str, ...] | None, pr
             )
         cuts = [_start_of(units, name) for name in split]
         if cuts != sorted(set(cuts)) or 0 in cuts:
-            raise PlanError(f"split={list(split)} is not in the order in which the model runs these modules, or leaves a stage empty")
+            raise PlanError(
+                f"split={list(split)} is not in the order in which the model runs these modules, or leaves a stage empty"
+            )
     else:
         allowed = _boundaries(main, units)
         if len(allowed) < num_stages - 1:
-            raise PlanError(f"pp={num_stages} asks for {num_stages} stages, but the model has {len(allowed)} places to cut it\n  use a smaller pp")
+            raise PlanError(
+                f"pp={num_stages} asks for {num_stages} stages, but the model has {len(allowed)} places to cut it\n  use a smaller pp"
+            )
         cuts = _balance(times, allowed, num_stages)
     edges = [0, *cuts, len(units)]
     stage = {node: k for k in range(num_stages) for node in units[edges[k] : edges[k + 1]]}
@@ -67,8 +71,17 @@ def _time_in(function: Function, node: fx.Node, prices: Prices) -> float:
     if node.op != "call_function" or node not in function.values:
         return 0.0
     tensors = [n for n in operands(node) if n in function.values]
-    time = compute_time(prices, node, tuple(function.values[n] for n in tensors), tuple(function.values[n] for n in results(function, node)))
-    return time + sum(holding_time(prices, function.values[n], False, False, 1) for n in tensors if n.op == "get_attr" and function.values[n].made_of == "parameters")
+    time = compute_time(
+        prices,
+        node,
+        tuple(function.values[n] for n in tensors),
+        tuple(function.values[n] for n in results(function, node)),
+    )
+    return time + sum(
+        holding_time(prices, function.values[n], False, False, 1)
+        for n in tensors
+        if n.op == "get_attr" and function.values[n].made_of == "parameters"
+    )
 
 
 def _start_of(units: list[fx.Node], name: str) -> int:

@@ -10,14 +10,21 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from meshwright.compiler.blocks import Blocks
 from meshwright.compiler.errors import InternalError, PlanError, UnsupportedError
 from meshwright.compiler.graph import Function, Value
 from meshwright.compiler.types import I, P, R, S, Type
-from meshwright.compiler.blocks import Blocks
 from meshwright.passes.cost import COLLECTIVES, Prices, compute_time, conversion_time, holding_time
 from meshwright.passes.factors import Factors
 from meshwright.passes.rows import (
-    Row, candidates, divides, factors_by_node, groups_of, operands, results, rows_of,
+    Row,
+    candidates,
+    divides,
+    factors_by_node,
+    groups_of,
+    operands,
+    results,
+    rows_of,
 )  # fmt: skip
 from meshwright.passes.rules import Rules
 from meshwright.passes.solve import Choice, Problem, solve
@@ -67,7 +74,11 @@ def propagate(
     choices: dict[str, Choice] = {}
     for block in blocks.blocks:
         node = next(n for n in blocks.main.graph.nodes if n.op == "call_module" and n.target in block.instances)
-        own = {relative: pins[name] for relative in block.function.attributes() if (name := f"{block.instances[0]}.{relative}") in pins}
+        own = {
+            relative: pins[name]
+            for relative in block.function.attributes()
+            if (name := f"{block.instances[0]}.{relative}") in pins
+        }
         boundary = dict(zip(block.function.inputs(), (main.boundary(n) for n in operands(node)), strict=True))
         choices[block.name] = _Solver(block.function, axis, block.name, factors, prices, own, None, boundary).solve()
     return Typing(axis=axis, main=main.solve(), blocks=choices)
@@ -149,9 +160,7 @@ class _Solver:
         return seeds
 
     def _check_pin(self, node: fx.Node, value: Value, pattern: str, type_: Type) -> None:
-        if type_.is_split and (
-            type_.dim >= len(value.shape) or not _splittable(value, type_, self.axis.size)
-        ):
+        if type_.is_split and (type_.dim >= len(value.shape) or not _splittable(value, type_, self.axis.size)):
             shape = tuple(value.shape)
             size = shape[type_.dim] if type_.dim < len(shape) else None
             why = f"{size} is not a multiple of {self.axis.size}" if size is not None else f"it has {len(shape)} dims"
@@ -274,10 +283,14 @@ class _Solver:
             )
         if self.axis.features:
             return InternalError(f"no types on {self.axis.name} fit this graph:\n{self.function.graph}")
-        return UnsupportedError(f"the batch cannot be split over {self.axis.name}: the loss mixes samples of the batch in a way without a rule")
+        return UnsupportedError(
+            f"the batch cannot be split over {self.axis.name}: the loss mixes samples of the batch in a way without a rule"
+        )
 
 
-def _forward(function: Function, factors: Mapping[fx.Node, Factors | None], start: dict[fx.Node, Type]) -> dict[fx.Node, Type]:
+def _forward(
+    function: Function, factors: Mapping[fx.Node, Factors | None], start: dict[fx.Node, Type]
+) -> dict[fx.Node, Type]:
     carried = dict(start)
     for node in function.graph.nodes:
         _forward_node(function, node, factors.get(node), carried)

@@ -5,20 +5,26 @@ A conversion is made once for all users that need it, right before the first of 
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
 from meshwright.compiler.blocks import Blocks
 from meshwright.compiler.graph import Block, Function, Value
-from meshwright.compiler.types import Type
+from meshwright.compiler.types import P, Type
 from meshwright.passes.pieces import PIECES, Piece
 from meshwright.passes.propagate import Typing
 from meshwright.passes.rows import operands, results
 from meshwright.passes.solve import Choice
 from meshwright.runtime.collectives import (
-    all_gather, all_reduce, all_to_all, invariant_to_replicated, part_of_mean, reduce_scatter, shard,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    invariant_to_replicated,
+    part_of_mean,
+    reduce_scatter,
+    shard,
 )  # fmt: skip
 
 
@@ -38,7 +44,13 @@ class Builder:
     origins: dict[fx.Node, Any] = field(default_factory=dict)
 
     def call(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, value: Value | None, origin: Any, like: fx.Node
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+        value: Value | None,
+        origin: Any,
+        like: fx.Node,
     ) -> fx.Node:
         """A new call with its value (None for what is no tensor) and the source of ``like``."""
         node = self.graph.call_function(target, args, kwargs or {})
@@ -57,13 +69,16 @@ class Builder:
 
 def reshard(blocks: Blocks, typings: tuple[Typing, ...]) -> Blocks:
     """The same blocks with typed values and explicit conversions."""
-    main = _Resharder(blocks.main, tuple(_Axis(name=t.axis.name, size=t.axis.size, choice=t.main) for t in typings)).run()
+    main = _Resharder(
+        blocks.main, tuple(_Axis(name=t.axis.name, size=t.axis.size, choice=t.main) for t in typings)
+    ).run()
     inner = tuple(
         Block(
             name=block.name,
             instances=block.instances,
             function=_Resharder(
-                block.function, tuple(_Axis(name=t.axis.name, size=t.axis.size, choice=t.blocks[block.name]) for t in typings)
+                block.function,
+                tuple(_Axis(name=t.axis.name, size=t.axis.size, choice=t.blocks[block.name]) for t in typings),
             ).run(),
         )
         for block in blocks.blocks
@@ -114,7 +129,10 @@ class _Resharder:
     def _convert(self, node: fx.Node, axis: str, source: Type, target: Type, user: fx.Node) -> fx.Node:
         value = self.builder.values[node].typed(axis, target)
         function, kwargs = conversion(source, target)
-        origin = self.builder.origins.get(node)
+        origin, place = self.builder.origins.get(node), self.function.origins.get(user)
+        if origin is not None and place is not None and source != P:
+            # What is converted for a user stands in the user's section; a sum belongs to what it completes.
+            origin = replace(origin, section=place.section, module_path=place.module_path, statement=place.statement)
         return self.builder.call(function, (node, axis), kwargs, value, origin, like=user)
 
     def _copy(self, node: fx.Node) -> None:
@@ -123,9 +141,7 @@ class _Resharder:
             self._put(node, self.builder.graph.node_copy(node, lambda n: self.copies[n]), types)
             return
         rows = [axis.choice.rows[node] for axis in self.axes]
-        converted = [
-            self._as(n, tuple(row.operands[i] for row in rows), node) for i, n in enumerate(operands(node))
-        ]
+        converted = [self._as(n, tuple(row.operands[i] for row in rows), node) for i, n in enumerate(operands(node))]
         pieces = [(axis.name, row.pieces) for axis, row in zip(self.axes, rows, strict=True) if row.pieces]
         outcome = results(self.function, node)
         types = {axis.name: row.results[0] for axis, row in zip(self.axes, rows, strict=True)} if outcome else {}
@@ -197,12 +213,10 @@ def conversion(source: Type, target: Type) -> tuple[Any, dict[str, Any]]:
             return all_reduce, {}
         case "S", ("R" | "I"):
             return all_gather, split(source) | {"to": target.kind}
-        case ("I" | "R"), "S":
+        case (("I" | "R"), "S"):
             return shard, split(target) | {"of": source.kind}
         case "P", "S":
             return reduce_scatter, split(target)
         case "S", "S":
             return all_to_all, {"split_dim": target.dim, "concat_dim": source.dim}
     raise KeyError(f"{source} -> {target} is no conversion")
-
-

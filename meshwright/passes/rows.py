@@ -12,7 +12,6 @@ from meshwright.compiler.types import I, P, R, Size, Type
 from meshwright.passes.factors import Factor, Factors, Place, quotient
 from meshwright.passes.rules import Call, Rules, factors_of
 
-
 PIECE = "piece"
 """Marks nodes in ``meta`` that compute with a piece: their types hold together, not one by one."""
 
@@ -114,9 +113,7 @@ def candidates(
     return found
 
 
-def _carry(
-    factor: Factor, tensors: tuple[fx.Node, ...], found: dict[fx.Node, set[Type]], pieces: int
-) -> bool:
+def _carry(factor: Factor, tensors: tuple[fx.Node, ...], found: dict[fx.Node, set[Type]], pieces: int) -> bool:
     places = (*factor.operands, *factor.results)
     groups = {
         inside

@@ -69,7 +69,13 @@ def _same(call: Call, *dims_whole: int, mean: tuple[int, ...] = (), summed: tupl
         place = None if dim in reduced else Place(dim if keepdim else kept)
         kept += dim not in reduced
         factors.append(
-            Factor(size=size, operands=(Place(dim),), results=(place,), whole=dim in dims_whole or size == 1, mean=dim in mean)
+            Factor(
+                size=size,
+                operands=(Place(dim),),
+                results=(place,),
+                whole=dim in dims_whole or size == 1,
+                mean=dim in mean,
+            )
         )
     return factors
 
@@ -194,11 +200,18 @@ def _cat(call: Call) -> Factors:
     for here, size in enumerate(first.shape):
         if here == dim:
             factors.append(
-                Factor(size=size, operands=(Place(here),) * count, results=(Place(here, count),), whole=not even or size == 1)
+                Factor(
+                    size=size,
+                    operands=(Place(here),) * count,
+                    results=(Place(here, count),),
+                    whole=not even or size == 1,
+                )
             )
         else:
             factors.append(
-                Factor(size=size, operands=(Place(here),) * count, results=(Place(here),), whole=result.shape[here] == 1)
+                Factor(
+                    size=size, operands=(Place(here),) * count, results=(Place(here),), whole=result.shape[here] == 1
+                )
             )
     return Factors(factors=tuple(factors), linear=(frozenset(range(count)),))
 

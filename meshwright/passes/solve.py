@@ -109,12 +109,7 @@ def solve(problem: Problem) -> Choice | None:
     if answer is None:
         return None
     chosen = {node: row for node, row, column in picks if answer[column] > 0.5}
-    converted = {
-        key: source
-        for key, ways in conversions.items()
-        for source, column in ways
-        if answer[column] > 0.5
-    }
+    converted = {key: source for key, ways in conversions.items() for source, column in ways if answer[column] > 0.5}
     final = {value: type_ for value, type_, column in finals if answer[column] > 0.5}
     return Choice(rows=chosen, converted=converted, final=final)
 

@@ -28,7 +28,12 @@ def verify(lowered: Lowered, rules: Rules) -> None:
     prove(
         tuple(stage.schedule for stage in lowered.stages),
         num_microbatches=lowered.microbatches,
-        edges=[(edge.source, d, edge.value.grad) for stage in lowered.stages for edge in stage.sends for d in edge.destinations],
+        edges=[
+            (edge.source, d, edge.value.grad)
+            for stage in lowered.stages
+            for edge in stage.sends
+            for d in edge.destinations
+        ],
     )
 
 

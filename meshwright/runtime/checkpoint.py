@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def save(trainer: "Trainer", path: Path) -> None:
     """Write the state of all ranks to ``path``."""
     optimizer = trainer.optimizer.state_dict()
-    state: dict[str, Any] = {f"{_prefix(trainer)}/parameters/{k}": p.detach() for k, p in enumerate(_parameters(trainer))}
+    state: dict[str, Any] = {
+        f"{_prefix(trainer)}/parameters/{k}": p.detach() for k, p in enumerate(_parameters(trainer))
+    }
     for index, entries in optimizer["state"].items():
         state |= {f"{_prefix(trainer)}/optimizer/{index}/{key}": value for key, value in entries.items()}
     state[f"{_prefix(trainer)}/groups"] = optimizer["param_groups"]
@@ -62,7 +64,12 @@ def load(trainer: "Trainer", path: Path) -> None:
 
 def layout(manifest: Mapping[str, Any]) -> str:
     """A digest of everything that decides which rank holds what."""
-    parts = [manifest["mesh"], manifest["plan"]["zero"], manifest["parameters"], [s["ranks"] for s in manifest["stages"]]]
+    parts = [
+        manifest["mesh"],
+        manifest["plan"]["zero"],
+        manifest["parameters"],
+        [s["ranks"] for s in manifest["stages"]],
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

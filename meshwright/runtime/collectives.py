@@ -141,7 +141,9 @@ def all_gather(x: torch.Tensor, axis: str, *, dim: int, to: str, groups: int = 1
     """S(dim/groups) -> ``to``: the pieces side by side along ``dim``; the backward reduce_scatters ("R") or slices ("I")."""
     if current().size(axis) == 1:
         return x
-    return _convert(x, _gather(axis, dim, groups), _scatter(axis, dim, groups) if to == "R" else _cut(axis, dim, groups))
+    return _convert(
+        x, _gather(axis, dim, groups), _scatter(axis, dim, groups) if to == "R" else _cut(axis, dim, groups)
+    )
 
 
 def reduce_scatter(x: torch.Tensor, axis: str, *, dim: int, groups: int = 1) -> torch.Tensor:
@@ -185,4 +187,6 @@ def part_of_mean(x: torch.Tensor, *axes: str) -> torch.Tensor:
 def _check_even(x: torch.Tensor, axis: str, dim: int, groups: int) -> None:
     pieces = current().size(axis)
     if x.shape[dim] % (groups * pieces):
-        raise PlanError(f"cannot cut a dim of {x.shape[dim]} in {pieces} equal pieces over {axis}: pad the batch to a multiple of {groups * pieces}")
+        raise PlanError(
+            f"cannot cut a dim of {x.shape[dim]} in {pieces} equal pieces over {axis}: pad the batch to a multiple of {groups * pieces}"
+        )

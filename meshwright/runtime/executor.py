@@ -46,7 +46,14 @@ class Executor:
     def entry(self) -> Mapping[str, Any]:
         return self.manifest["stages"][self.index]  # type: ignore[no-any-return]
 
-    def run(self, actions: Sequence[Action], batches: Sequence[Tensors], prepared: Tensors, symbols: Mapping[str, int], grad: bool) -> torch.Tensor:
+    def run(
+        self,
+        actions: Sequence[Action],
+        batches: Sequence[Tensors],
+        prepared: Tensors,
+        symbols: Mapping[str, int],
+        grad: bool,
+    ) -> torch.Tensor:
         """Run a step's actions on the microbatches; returns the sum of this rank's losses (0 off the loss stage)."""
         total = torch.zeros((), device=self.groups.device)
         last = max((i for i, a in enumerate(actions) if a.kind == "B"), default=-1)
@@ -63,7 +70,11 @@ class Executor:
                 if after.kind == "F":
                     loss = self._forward(after.microbatch, arrived.pop(after.microbatch, {}), batches, prepared, grad)
                     if loss is not None:
-                        total = total + loss.detach().to(total.dtype) if total.dtype == loss.dtype else loss.detach() + total
+                        total = (
+                            total + loss.detach().to(total.dtype)
+                            if total.dtype == loss.dtype
+                            else loss.detach() + total
+                        )
                 else:
                     self.before_backward(position == last)
                     self._backward(after.microbatch, arrived.pop(~after.microbatch, {}))
@@ -88,12 +99,18 @@ class Executor:
     # Messages
 
     def _exchange(
-        self, before: Action | None, after: Action | None, arrived: dict[int, dict[str, torch.Tensor]], symbols: Mapping[str, int]
+        self,
+        before: Action | None,
+        after: Action | None,
+        arrived: dict[int, dict[str, torch.Tensor]],
+        symbols: Mapping[str, int],
     ) -> list[tuple[Any, Any]]:
         """Start the sends after one action and the receives before the next together; wait for what is received."""
         operations: list[dist.P2POp] = []
         if before is not None:
-            operations += [dist.P2POp(dist.isend, tensor, peer) for peer in before.sends for tensor in self._outgoing(before, peer)]
+            operations += [
+                dist.P2POp(dist.isend, tensor, peer) for peer in before.sends for tensor in self._outgoing(before, peer)
+            ]
         sends = len(operations)
         if after is not None and after.receives:
             buffers: dict[str, torch.Tensor] = {}
@@ -126,9 +143,17 @@ class Executor:
         stage = self._stage_of(peer)
         if action.kind == "F":
             sent = self.live[action.microbatch].sent
-            return [sent[name].detach().contiguous() for name, edge in self.entry["sends"].items() if stage in edge["to"]]
-        gradients = self.gradients.pop(action.microbatch) if peer == action.sends[-1] else self.gradients[action.microbatch]
-        return [gradients[n].contiguous() for n, e in self.entry["receives"].items() if e["from"] == stage and e["requires_grad"]]
+            return [
+                sent[name].detach().contiguous() for name, edge in self.entry["sends"].items() if stage in edge["to"]
+            ]
+        gradients = (
+            self.gradients.pop(action.microbatch) if peer == action.sends[-1] else self.gradients[action.microbatch]
+        )
+        return [
+            gradients[n].contiguous()
+            for n, e in self.entry["receives"].items()
+            if e["from"] == stage and e["requires_grad"]
+        ]
 
     def _incoming(self, action: Action, peer: int, symbols: Mapping[str, int]) -> list[tuple[str, torch.Tensor]]:
         stage = self._stage_of(peer)
@@ -157,7 +182,14 @@ class Executor:
 
     # Computation
 
-    def _forward(self, microbatch: int, received: dict[str, torch.Tensor], batches: Sequence[Tensors], prepared: Tensors, grad: bool) -> torch.Tensor | None:
+    def _forward(
+        self,
+        microbatch: int,
+        received: dict[str, torch.Tensor],
+        batches: Sequence[Tensors],
+        prepared: Tensors,
+        grad: bool,
+    ) -> torch.Tensor | None:
         for name, tensor in received.items():
             if grad and self.entry["receives"][name]["requires_grad"]:
                 tensor.requires_grad_()
@@ -197,10 +229,14 @@ def symbols_of(inputs: Mapping[str, Any], part: Mapping[str, Any], sizes: Mappin
         if not isinstance(tensor, torch.Tensor):
             continue
         if tensor.ndim != len(entry["shape"]):
-            raise PlanError(f"{name!r} has {tensor.ndim} dims; the program was compiled for {len(entry['shape'])}: {entry['shape']}")
+            raise PlanError(
+                f"{name!r} has {tensor.ndim} dims; the program was compiled for {len(entry['shape'])}: {entry['shape']}"
+            )
         for dim, size in enumerate(entry["shape"]):
             actual = tensor.shape[dim] * (sizes.get("dp", 1) if dim == 0 and "dp" in entry["types"] else 1)
             expected = found.setdefault(size, actual) if isinstance(size, str) and size.isidentifier() else size
             if isinstance(expected, int) and expected != actual:
-                raise PlanError(f"{name!r} has size {actual} in dim {dim}, where the program expects {expected} ({size})")
+                raise PlanError(
+                    f"{name!r} has size {actual} in dim {dim}, where the program expects {expected} ({size})"
+                )
     return found

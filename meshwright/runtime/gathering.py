@@ -61,7 +61,11 @@ def _fill(
     different = []
     for runs, (rank, piece) in seen.items():
         held = mine.get((name, segment)) if runs == own else None
-        value = held.detach().clone().contiguous() if held is not None and rank == groups.rank else result.new_empty(piece.local_shape)
+        value = (
+            held.detach().clone().contiguous()
+            if held is not None and rank == groups.rank
+            else result.new_empty(piece.local_shape)
+        )
         if num_ranks(groups.sizes) > 1:
             dist.broadcast(value, src=rank)
         piece.place(value, result)
@@ -86,7 +90,9 @@ def _raise_together(different: list[str], groups: Groups, what: str) -> None:
         )
 
 
-def gather_buffers(manifest: Mapping[str, Any], groups: Groups, local: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gather_buffers(
+    manifest: Mapping[str, Any], groups: Groups, local: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The persistent buffers, each sent by the first rank that holds it."""
     whole: dict[str, torch.Tensor] = {}
     for name, entry in manifest["buffers"].items():

@@ -97,7 +97,9 @@ def piece_of(
         if isinstance(type_, Split) and sizes.get(axis, 1) > 1:
             here = runs[type_.dim]
             if len(here) != 1:
-                raise BundleError(f"two axes split dim {type_.dim} of a tensor of shape {tuple(shape)}, one of them in groups")
+                raise BundleError(
+                    f"two axes split dim {type_.dim} of a tensor of shape {tuple(shape)}, one of them in groups"
+                )
             base, stop = here[0]
             cut = ranges_of(stop - base, type_, coordinates[axis], sizes[axis])
             runs[type_.dim] = [(base + a, base + b) for a, b in cut]

@@ -73,7 +73,9 @@ class Param:
         """The same for the parameters below ``path``; what is declared through it is one unit (of gathering, of buckets)."""
         return replace(self, prefix=f"{self.prefix}{path}.", scope_name=f"{self.prefix}{path}")
 
-    def __call__(self, name: str, shape: Sequence[int], *, segment: Segment | None = None, **types: str) -> nn.Parameter:
+    def __call__(
+        self, name: str, shape: Sequence[int], *, segment: Segment | None = None, **types: str
+    ) -> nn.Parameter:
         """The piece in use of a parameter of whole ``shape``. Raises BundleError where the manifest says otherwise."""
         full = self.prefix + name
         entry = self._entry("parameters", full)
@@ -83,7 +85,9 @@ class Param:
         if segment is not None:
             matching = [s for s in entry.get("segments", ()) if (s["dim"], s["start"], s["length"]) == tuple(segment)]
             if not matching:
-                raise BundleError(f"{full}: the stage file declares the segment {tuple(segment)}, which the manifest does not have")
+                raise BundleError(
+                    f"{full}: the stage file declares the segment {tuple(segment)}, which the manifest does not have"
+                )
             promised |= matching[0]["types"]
         elif entry.get("segments"):
             raise BundleError(f"{full}: the manifest has it in segments, the stage file declares it whole")
@@ -168,13 +172,17 @@ class Weights:
             with safe_open(file, "pt") as opened:
                 self.index.update(dict.fromkeys(opened.keys(), file))
 
-    def read(self, name: str, piece: Piece, dtype: torch.dtype, init: Mapping[str, Any] | None, is_buffer: bool = False) -> torch.Tensor:
+    def read(
+        self, name: str, piece: Piece, dtype: torch.dtype, init: Mapping[str, Any] | None, is_buffer: bool = False
+    ) -> torch.Tensor:
         """A piece of one tensor. Raises BundleError for a tensor that is missing or of another shape."""
         if name in self.index:
             with safe_open(self.index[name], "pt") as file:
                 found = file.get_slice(name)
                 if list(found.get_shape()) != list(piece.shape):
-                    raise BundleError(f"{name} has shape {tuple(found.get_shape())} in {self.index[name]}, the bundle {piece.shape}")
+                    raise BundleError(
+                        f"{name} has shape {tuple(found.get_shape())} in {self.index[name]}, the bundle {piece.shape}"
+                    )
                 single = all(len(runs) == 1 for runs in piece.runs)
                 if single and piece.shape:
                     value = found[tuple(slice(*runs[0]) for runs in piece.runs)]
@@ -182,12 +190,16 @@ class Weights:
                     value = piece.cut(file.get_tensor(name))
                 return value.to(dtype).contiguous().clone()
         if is_buffer:
-            raise BundleError(f"the value of the buffer {name!r} is not in the bundle: emit it from a model with real buffers")
+            raise BundleError(
+                f"the value of the buffer {name!r} is not in the bundle: emit it from a model with real buffers"
+            )
         if self.directory is not None and self.index:
             raise BundleError(f"{name!r} is not among the weights in {self.directory}")
         return piece.cut(self._draw(name, piece.shape, dtype, init)).clone()
 
-    def _draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, init: Mapping[str, Any] | None) -> torch.Tensor:
+    def _draw(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, init: Mapping[str, Any] | None
+    ) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         whole = torch.empty(shape, dtype=dtype)

@@ -55,12 +55,18 @@ class Trainer:
             own = self.directory / "weights"
             source = Weights(Path(weights) if weights is not None else own if own.exists() else None, seed)
             self.declared = Declared(manifest=self.manifest, groups=self.groups, source=source)
-            self.module: nn.Module = stage_class(self.directory, self.manifest, self.index)(Param(declared=self.declared))
+            self.module: nn.Module = stage_class(self.directory, self.manifest, self.index)(
+                Param(declared=self.declared)
+            )
             self.module.train()
             self.units: list[Unit] = make_units(self.declared.held, plan["zero"], self.groups)
             self._gather_around_modules()
             self.executor = Executor(
-                stage=self.module, index=self.index, manifest=self.manifest, groups=self.groups, before_backward=self._expect
+                stage=self.module,
+                index=self.index,
+                manifest=self.manifest,
+                groups=self.groups,
+                before_backward=self._expect,
             )
             self.optimizer = optimizer([pair for unit in self.units for pair in unit.pieces])
 
@@ -124,7 +130,9 @@ class Trainer:
         sizes = {**self.groups.sizes, "mb": self.groups.microbatches}
         symbols = symbols_of(inputs, named, sizes)
         wanted = self.manifest["stages"][self.index]["inputs"]
-        whole = {n: v.to(self.groups.device) if isinstance(v, torch.Tensor) else v for n, v in named.items() if n in wanted}
+        whole = {
+            n: v.to(self.groups.device) if isinstance(v, torch.Tensor) else v for n, v in named.items() if n in wanted
+        }
         prepared = self._prepared(whole)
         total = self.executor.run(actions, self._microbatches(whole), prepared, symbols, grad)
         return self._global_loss(total)
@@ -143,7 +151,10 @@ class Trainer:
         count = self.groups.microbatches
 
         def cut(name: str, value: Any, k: int) -> Any:
-            if "mb" not in self.manifest["inputs"][name]["types"] and "dp" not in self.manifest["inputs"][name]["types"]:
+            if (
+                "mb" not in self.manifest["inputs"][name]["types"]
+                and "dp" not in self.manifest["inputs"][name]["types"]
+            ):
                 return value
             if value.shape[0] % count:
                 raise PlanError(f"cannot cut the part of {value.shape[0]} ({name!r}, dim 0) in {count} microbatches")
@@ -216,7 +227,9 @@ class Trainer:
         """ZeRO-3: parameters become whole before a module's forward and backward, and are freed after them."""
         by_parameter = {id(h.parameter): unit for unit in self.units if unit.zero == 3 for h in unit.held}
         for module in self.module.modules():
-            units = list(dict.fromkeys(by_parameter[id(p)] for p in module.parameters(recurse=False) if id(p) in by_parameter))
+            units = list(
+                dict.fromkeys(by_parameter[id(p)] for p in module.parameters(recurse=False) if id(p) in by_parameter)
+            )
             if units:
                 module.register_forward_pre_hook(lambda _m, _a, u=tuple(units): _each(u, "gather"))  # type: ignore[misc]
                 module.register_forward_hook(lambda _m, _a, out, u=tuple(units): _after_forward(u, out))  # type: ignore[misc]
@@ -243,7 +256,9 @@ class _Guard:
         if watch is not None:
             watch.announce(f"{type(error).__name__}: {error}")
         if isinstance(error, Exception) and not isinstance(error, MeshwrightError):
-            raise RankError(f"rank {self.trainer.rank} failed in {self.doing}: {type(error).__name__}: {error}") from error
+            raise RankError(
+                f"rank {self.trainer.rank} failed in {self.doing}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _each(units: Iterable[Unit], what: str) -> None:
@@ -256,5 +271,3 @@ def _after_forward(units: tuple[Unit, ...], out: Any) -> None:
     for tensor in out if isinstance(out, tuple) else (out,):
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             tensor.register_hook(lambda grad: _each(units, "gather"))
-
-

@@ -20,5 +20,3 @@ def pool(_pools: list[Pool]) -> Pool:
     if not _pools or not _pools[-1].is_alive:
         _pools.append(Pool())
     return _pools[-1]
-
-

@@ -53,7 +53,9 @@ def reference(name: str, kind: str, size: int, length: int, loss: str) -> dict[s
     return {"losses": losses, "gradients": gradients, "state": model.state_dict(), "after": after}
 
 
-def compile_case(directory: Path, name: str, mesh: Mapping[str, int], plan: Mapping[str, Any], kind: str, loss: str) -> None:
+def compile_case(
+    directory: Path, name: str, mesh: Mapping[str, int], plan: Mapping[str, Any], kind: str, loss: str
+) -> None:
     """Emit the bundle of a case."""
     program = compile_parallel(
         models.build(name),
@@ -91,10 +93,14 @@ def compare(got: list[dict[str, Any]], wanted: Mapping[str, Any]) -> None:
     for step, (a, b) in enumerate(zip(got[0]["gradients"], wanted["gradients"], strict=True)):
         assert set(a) == set(b), f"gradients of {set(a) ^ set(b)}"
         for name in b:
-            assert _difference(a[name], b[name]) <= 1e-9, f"step {step}: gradient of {name}: {_difference(a[name], b[name]):.2e}"
+            assert _difference(a[name], b[name]) <= 1e-9, (
+                f"step {step}: gradient of {name}: {_difference(a[name], b[name]):.2e}"
+            )
     assert set(got[0]["state"]) == set(wanted["state"])
     for name, value in wanted["state"].items():
-        assert _difference(got[0]["state"][name], value) <= 1e-8, f"{name}: {_difference(got[0]['state'][name], value):.2e}"
+        assert _difference(got[0]["state"][name], value) <= 1e-8, (
+            f"{name}: {_difference(got[0]['state'][name], value):.2e}"
+        )
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -70,7 +70,9 @@ class Pool:
                     dead = [i for i, worker in enumerate(self.workers) if not worker.is_alive()]
                     if dead or time.monotonic() > end:
                         self.close()
-                        raise RuntimeError(f"workers {dead} died" if dead else f"{name} took over {seconds} s") from None
+                        raise RuntimeError(
+                            f"workers {dead} died" if dead else f"{name} took over {seconds} s"
+                        ) from None
                     continue
                 if number != self.number:
                     continue

@@ -78,7 +78,15 @@ class _Convert(torch.autograd.Function):
 class Rank:
     """One thread's interpreter."""
 
-    def __init__(self, world: World, blocks: Blocks, at: Coordinates, symbols: Mapping[sympy.Symbol, int], tensors: Mapping[str, torch.Tensor], capture: Capture):
+    def __init__(
+        self,
+        world: World,
+        blocks: Blocks,
+        at: Coordinates,
+        symbols: Mapping[sympy.Symbol, int],
+        tensors: Mapping[str, torch.Tensor],
+        capture: Capture,
+    ):
         self.world, self.blocks, self.at, self.symbols = world, blocks, at, dict(symbols)
         self.tensors, self.capture = tensors, capture
         self.leaves: dict[str, torch.Tensor] = {}
@@ -133,7 +141,11 @@ class Rank:
         args, kwargs = map_aggregate((node.args, dict(node.kwargs)), argument)
         if node.target in _SHAPED:
             assert value is not None
-            return args[0].expand(self.local(value)) if node.target is aten.expand.default else args[0].reshape(self.local(value))
+            return (
+                args[0].expand(self.local(value))
+                if node.target is aten.expand.default
+                else args[0].reshape(self.local(value))
+            )
         if node.target is aten.split.Tensor:
             parts = sorted(node.users, key=lambda n: n.args[1])
             dim = args[2]
@@ -192,7 +204,11 @@ class Rank:
 
 
 def simulate(
-    capture: Capture, blocks: Blocks, sizes: Mapping[str, int], batch: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+    capture: Capture,
+    blocks: Blocks,
+    sizes: Mapping[str, int],
+    batch: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss and the whole gradients by name, from all ranks of a mesh of ``sizes`` (dp, mb, tp)."""
     world = World(sizes)
@@ -229,7 +245,9 @@ def simulate(
     return loss, _gradients(capture, ranks, places, sizes, blocks)
 
 
-def _gradients(capture: Capture, ranks: list[Rank], places: list[dict[str, int]], sizes: Mapping[str, int], blocks: Blocks) -> dict[str, torch.Tensor]:
+def _gradients(
+    capture: Capture, ranks: list[Rank], places: list[dict[str, int]], sizes: Mapping[str, int], blocks: Blocks
+) -> dict[str, torch.Tensor]:
     types: dict[str, Mapping[str, Type]] = {}
     for node, value in blocks.main.values.items():
         if node.op == "get_attr":
@@ -242,7 +260,10 @@ def _gradients(capture: Capture, ranks: list[Rank], places: list[dict[str, int]]
     for name in ranks[0].leaves:
         if not ranks[0].leaves[name].requires_grad:
             continue
-        grads = {i: torch.zeros_like(r.leaves[name]) if (g := r.leaves[name].grad) is None else g for i, r in enumerate(ranks)}
+        grads = {
+            i: torch.zeros_like(r.leaves[name]) if (g := r.leaves[name].grad) is None else g
+            for i, r in enumerate(ranks)
+        }
         gradient = _assemble(grads, types[name], places, sizes, "gradient")
         owner, segment = capture.segments.get(name, (name, None))
         if segment is None:
@@ -253,7 +274,13 @@ def _gradients(capture: Capture, ranks: list[Rank], places: list[dict[str, int]]
     return whole
 
 
-def _assemble(parts: Mapping[int, torch.Tensor], types: Mapping[str, Type], places: list[dict[str, int]], sizes: Mapping[str, int], what: str) -> torch.Tensor:
+def _assemble(
+    parts: Mapping[int, torch.Tensor],
+    types: Mapping[str, Type],
+    places: list[dict[str, int]],
+    sizes: Mapping[str, int],
+    what: str,
+) -> torch.Tensor:
     """A whole tensor from the ranks' parts: summed where it is partial, joined where split, compared where equal."""
     current = {tuple(places[i].values()): part for i, part in parts.items()}
     for position, axis in reversed(list(enumerate(sizes))):
@@ -269,9 +296,19 @@ def _assemble(parts: Mapping[int, torch.Tensor], types: Mapping[str, Type], plac
             elif partial:
                 current[point] = torch.stack(group).sum(0)
             else:
-                assert all(torch.allclose(group[0], g, rtol=1e-9, atol=1e-12) for g in group), f"replicas differ on {axis}"
+                assert all(torch.allclose(group[0], g, rtol=1e-9, atol=1e-12) for g in group), (
+                    f"replicas differ on {axis}"
+                )
                 current[point] = group[0]
     return current[()]
 
 
-_SHAPED = {aten.view.default, aten.reshape.default, aten.expand.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.default}
+_SHAPED = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+}
