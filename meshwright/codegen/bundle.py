@@ -1,2 +1,117 @@
-def verify_bundle(d):
-    return []
+"""Checking a bundle from its manifest and files alone: what the compiler proved holds for what lies on disk, edited or not."""
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from meshwright.codegen.emit import digest
+from meshwright.compiler.errors import BundleError
+from meshwright.passes.prove import prove
+from meshwright.passes.schedule import Edge
+from meshwright.runtime.actions import Action, parse, to_ranks
+from meshwright.runtime.layout import parse as parse_type
+from meshwright.runtime.manifest import actions_of, load_manifest
+
+
+def verify_bundle(directory: Path) -> list[str]:
+    """Check names, shapes and types of parameters, edges, and schedules; returns one line for each thing that was shown.
+
+    Raises BundleError with the first thing that does not fit.
+    """
+    manifest = load_manifest(directory)
+    edited = [name for name, known in manifest.get("files", {}).items() if _digest(directory / name) != known]
+    declared = [_check_stage(directory, manifest, index) for index in range(len(manifest["stages"]))]
+    _check_edges(manifest)
+    ranks = _check_schedules(directory, manifest)
+    return [
+        f"{len(manifest['stages'])} stage files declare {sum(declared)} parameters and buffers as the manifest has them",
+        "every value that is sent is received, with the same shape and types",
+        f"the schedule is proven: every microbatch forward and backward once, no circle, messages match ({ranks} rank files)",
+        f"edited since they were emitted: {', '.join(edited)}" if edited else "no file was edited",
+    ]
+
+
+def _digest(path: Path) -> str:
+    if not path.exists():
+        raise BundleError(f"{path} is missing")
+    return digest(path.read_bytes())
+
+
+def _check_stage(directory: Path, manifest: Mapping[str, Any], index: int) -> int:
+    """The stage file parses, and what it declares by literal names and shapes is in the manifest."""
+    path = directory / manifest["stages"][index]["file"]
+    try:
+        tree = ast.parse(path.read_text(), filename=str(path))
+    except SyntaxError as error:
+        raise BundleError(f"{path}:{error.lineno} is no Python: {error.msg}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    if "Stage" not in classes:
+        raise BundleError(f"{path} defines no class Stage")
+    known = {**manifest["parameters"], **manifest["buffers"]}
+    count = 0
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or len(node.args) < 2 or not _is_declaration(node.func):
+            continue
+        name, shape = ast.literal_eval(node.args[0]), ast.literal_eval(node.args[1])
+        matching = [full for full in known if full == name or full.endswith(f".{name}")]
+        if not matching:
+            raise BundleError(f"{path}:{node.lineno} declares {name!r}, which the manifest does not have")
+        if not any(list(shape) == known[full]["shape"] for full in matching):
+            raise BundleError(
+                f"{path}:{node.lineno} declares {name!r} with shape {shape}, the manifest says {tuple(known[matching[0]]['shape'])}"
+            )
+        for keyword in node.keywords:
+            if keyword.arg != "segment" and keyword.arg is not None:
+                parse_type(ast.literal_eval(keyword.value))
+        count += 1
+    return count
+
+
+def _is_declaration(function: ast.expr) -> bool:
+    """``param(...)`` or ``param.buffer(...)``."""
+    if isinstance(function, ast.Attribute):
+        return function.attr == "buffer" and isinstance(function.value, ast.Name) and function.value.id == "param"
+    return isinstance(function, ast.Name) and function.id == "param"
+
+
+def _check_edges(manifest: Mapping[str, Any]) -> None:
+    for index, stage in enumerate(manifest["stages"]):
+        for name, edge in stage["receives"].items():
+            sent = manifest["stages"][edge["from"]]["sends"].get(name)
+            if sent is None or index not in sent["to"]:
+                raise BundleError(f"stage {index} receives {name!r} from stage {edge['from']}, which does not send it there")
+            for key in ("shape", "dtype", "types", "requires_grad"):
+                if sent[key] != edge[key]:
+                    raise BundleError(f"{name!r} leaves stage {edge['from']} with {key} {sent[key]} and enters stage {index} with {edge[key]}")
+
+
+def _check_schedules(directory: Path, manifest: Mapping[str, Any]) -> int:
+    """The schedule of the stages is proven, and every rank file says the same."""
+    rows: list[tuple[Action, ...]] = []
+    for index, stage in enumerate(manifest["stages"]):
+        try:
+            rows.append(parse(stage["schedule"], "stage"))
+        except ValueError as error:
+            raise BundleError(f"the schedule of stage {index} cannot be read: {error}") from error
+    edges: list[Edge] = [
+        (source, to, edge["requires_grad"])
+        for source, stage in enumerate(manifest["stages"])
+        for edge in stage["sends"].values()
+        for to in edge["to"]
+    ]
+    prove(rows, num_microbatches=manifest["plan"]["microbatches"], edges=edges, error=BundleError)
+    files = sorted((directory / "ranks").glob("rank_*.py"))
+    for path in files:
+        rank = int(path.stem.removeprefix("rank_"))
+        stage, actions = actions_of(directory, manifest, rank)
+        own = manifest["stages"][stage]["ranks"]
+        if rank not in own:
+            raise BundleError(f"{path} is of stage {stage}, whose ranks are {own}")
+        position = own.index(rank)
+        expected = to_ranks(rows[stage], [s["ranks"][position] for s in manifest["stages"]])
+        if actions != expected:
+            raise BundleError(f"{path} has another schedule than stage {stage} in the manifest")
+    return len(files)

@@ -92,7 +92,8 @@ def is_multiple(node: fx.Node) -> bool:
     """Whether a node has several results, read by getitem."""
     if not is_operator(node):
         return False
-    returns = node.target._schema.returns
+    target: Any = node.target
+    returns = target._schema.returns
     return len(returns) > 1 or isinstance(returns[0].type, torch.ListType)
 
 

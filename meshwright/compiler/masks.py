@@ -5,7 +5,7 @@ Transformers builds a mask of (B, 1, T, T) from dozens of operators under export
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -14,8 +14,8 @@ from torch import fx
 
 from meshwright.compiler.rewriting import aten, shape_of
 
-Indices = tuple[sympy.Expr, ...]
-Element = sympy.Expr | Boolean
+Indices: TypeAlias = tuple[sympy.Expr, ...]
+Element: TypeAlias = sympy.Expr | Boolean
 
 
 class _UnknownElement(Exception):

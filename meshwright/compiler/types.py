@@ -14,14 +14,14 @@ type          the value                                     its gradient
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import sympy
 
 from meshwright.compiler.errors import PlanError
 
 Kind = Literal["S", "R", "I", "P"]
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 
 
 @dataclass(frozen=True, slots=True)

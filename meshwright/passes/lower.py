@@ -105,7 +105,8 @@ class _Cutter:
 
     def function(self, sends: list[str], last: bool) -> tuple[Function, Function | None, set[str]]:
         """The stage's forward, its prepare, and the batch inputs that they read."""
-        graph, copies = fx.Graph(), {}
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
         for node in self.order:
             if node in self.received:
                 copies[node] = graph.create_node("placeholder", node.name, name=node.name)
@@ -123,7 +124,8 @@ class _Cutter:
         return forward, prepare, inputs
 
     def _prepare(self) -> Function:
-        graph, copies = fx.Graph(), {}
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
 
         def visit(node: fx.Node) -> None:
             if node in copies:

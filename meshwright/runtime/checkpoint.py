@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from meshwright.runtime.errors import BundleError
@@ -26,12 +26,12 @@ def save(trainer: "Trainer", path: Path) -> None:
         state |= {f"{_prefix(trainer)}/optimizer/{index}/{key}": value for key, value in entries.items()}
     state[f"{_prefix(trainer)}/groups"] = optimizer["param_groups"]
     state["meshwright"] = {"layout": layout(trainer.manifest), "num_steps": trainer.num_steps, "seed": trainer.seed}
-    dcp.save(state, checkpoint_id=str(path))
+    state_dict_saver.save(state, checkpoint_id=str(path))
 
 
 def load(trainer: "Trainer", path: Path) -> None:
     """Read the state that ``save`` wrote. Raises BundleError for another layout."""
-    reader = dcp.FileSystemReader(str(path))
+    reader = filesystem.FileSystemReader(str(path))
     try:
         metadata: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     except OSError as error:
@@ -94,7 +94,7 @@ def _read(state: dict[str, Any], metadata: Mapping[str, Any], prefix: str, path:
                 state[key] = None
     if not state:
         raise BundleError(f"{path} has no entries for {prefix}: it was saved by fewer ranks")
-    dcp.load(state, checkpoint_id=str(path))
+    state_dict_loader.load(state, checkpoint_id=str(path))
 
 
 def _unflattened(state: Mapping[str, Any], prefix: str) -> Any:

@@ -81,7 +81,7 @@ def num_ranks(sizes: Mapping[str, int]) -> int:
 def coordinates_of(sizes: Mapping[str, int], rank: int) -> dict[str, int]:
     """Row-major coordinates of a rank."""
     at: dict[str, int] = {}
-    for axis, size in reversed(sizes.items()):
+    for axis, size in reversed(list(sizes.items())):
         rank, at[axis] = divmod(rank, size)
     return {axis: at[axis] for axis in sizes}
 

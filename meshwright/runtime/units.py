@@ -199,7 +199,8 @@ class Unit:
         storage = self.flat.untyped_storage()
         storage.resize_(self.flat.numel() * self.flat.itemsize)
         # Saved tensors of an earlier forward are views of this storage: the same values come back.
-        with torch.autograd._unsafe_preserve_version_counter(self.flat), torch.no_grad():
+        preserved = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+        with preserved(self.flat), torch.no_grad():
             dist.all_gather_into_tensor(self.flat, self.rest, group=self.groups.group(["dp"]))
         self.is_whole = True
 
