@@ -62,6 +62,8 @@ def capture(
         leaves = tuple(
             leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        leaves = tuple(leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = _Step(model, rebuild, loss_fn)
     batch_size = _batch_size(leaves)
     with _training(model), float64() if precision == "fp64" else nullcontext():

@@ -139,6 +139,30 @@ def _two(combine: Callable[[Any, Any], Any]) -> "_Rule":
     return rule
 
 
+def _diff(follow: _Follower, node: fx.Node, at: Indices) -> Element:
+    """Differences of neighbours with one value put in front, where all of them are the same number."""
+    source, order, dim, front, *rest = (*node.args, *(1, -1, None, None)[len(node.args) - 1 :])
+    dim %= len(at)
+    if order != 1 or rest != [None] or not isinstance(front, fx.Node) or shape_of(front.meta["val"])[dim] != 1:
+        raise _UnknownElement("diff of another form")
+
+    def moved(index: Any) -> Indices:
+        return (*at[:dim], sympy.sympify(index), *at[dim + 1 :])
+
+    inside = sympy.simplify(follow.element(source, at) - follow.element(source, moved(at[dim] - 1)))
+    first = sympy.simplify(follow.element(source, moved(0)) - follow.element(front, moved(0)))
+    if not inside.is_number or inside != first:
+        raise _UnknownElement("differences that are not all the same")
+    return inside
+
+
+def _cumsum(follow: _Follower, node: fx.Node, at: Indices) -> Element:
+    """The running sum of nothing."""
+    if follow.element(node.args[0], at) not in (sympy.false, sympy.Integer(0)):
+        raise _UnknownElement("a running sum")
+    return sympy.Integer(0)
+
+
 _Rule = Callable[[_Follower, fx.Node, Indices], Element]
 
 _RULES: Mapping[Any, _Rule] = {
@@ -157,6 +181,12 @@ _RULES: Mapping[Any, _Rule] = {
     aten.slice.Tensor: _slice,
     aten.to.dtype: _cast,
     aten.detach.default: _cast,
+    aten.diff.default: _diff,
+    aten.cumsum.default: _cumsum,
+    aten.eq.Tensor: _two(sympy.Eq),
+    aten.eq.Scalar: _two(sympy.Eq),
+    aten.ne.Tensor: _two(sympy.Ne),
+    aten.ne.Scalar: _two(sympy.Ne),
     aten.add.Tensor: _two(lambda a, b: a + b),
     aten.sub.Tensor: _two(lambda a, b: a - b),
     aten.le.Tensor: _two(sympy.Le),

@@ -120,16 +120,23 @@ def _functionalize(node: fx.Node) -> None:
     pure = getattr(getattr(aten, name[:-1], None), node.target._overloadname, None)  # type: ignore[union-attr]
     changed = node.args[0]
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    while isinstance(changed, fx.Node):
-        late = [user for user in changed.users if order[user] > order[node]]
-        if pure is None or changed.op != "call_function" or late:
-            raise UnsupportedError(
-                f"{name} {place(node)} changes a value in place that is read again later"
-                f"{f' (by {late[0].name})' if late else ''}\n  write it without the trailing underscore"
-            )
-        is_view = changed.target in _VIEWS
-        changed = changed.args[0] if is_view else None
+    late = [user for value in _sharing(changed) for user in value.users if order[user] > order[node]]  # type: ignore[arg-type]
+    if pure is None or changed.op != "call_function" or late:  # type: ignore[union-attr]
+        raise UnsupportedError(
+            f"{name} {place(node)} changes a value in place that is read again later"
+            f"{f' (by {late[0].name})' if late else ''}\n  write it without the trailing underscore"
+        )
     node.target = pure  # type: ignore[assignment]
+
+
+def _sharing(node: fx.Node) -> list[fx.Node]:
+    """All values that share memory with ``node``: what it is a view of, and all views of that."""
+    while node.target in _VIEWS and node.op == "call_function":
+        node = _input(node)
+    found = [node]
+    for value in found:
+        found += [user for user in value.users if user.target in _VIEWS and user not in found]
+    return found
 
 
 _VIEWS = {

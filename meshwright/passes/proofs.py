@@ -142,7 +142,10 @@ def _localized(args: Sequence[Any], factor: Factor, whole: list[torch.Tensor], p
     place = factor.results[0]
     if place is not None:
         sizes[place.dim] //= pieces
-    return [sizes if isinstance(a, list) and len(a) == len(sizes) and a == list(whole[0].shape) else a for a in args]
+    source = factor.operands[0]
+    if len(whole) > 1 and place is not None and source is not None and source.outer != 1:
+        return [args[0], sizes[place.dim] if args[1] == whole[0].shape[place.dim] else args[1], *args[2:]]
+    return [sizes if isinstance(a, list) and all(isinstance(x, int) for x in a) and a == list(whole[0].shape) else a for a in args]
 
 
 def _results(value: Any) -> list[torch.Tensor]:

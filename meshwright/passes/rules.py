@@ -237,7 +237,8 @@ def _reduced(call: Call) -> tuple[int, ...]:
     first = call.operands[0]
     assert first is not None
     ndim = len(first.shape)
-    dims = call.argument(1, "dim") if "default" not in call.target._overloadname else None
+    takes_dim = any(argument.name == "dim" for argument in call.target._schema.arguments)
+    dims = call.argument(1, "dim") if takes_dim else None
     if dims is None or dims == []:
         return tuple(range(ndim))
     return tuple(dim % ndim for dim in ([dims] if isinstance(dims, int) else dims))
@@ -388,5 +389,5 @@ DEFAULT_RULES: Rules = {
     aten.ones.default: _constant,
     aten.full.default: _constant,
     aten.zeros_like.default: _same_shape,
-    aten.ones_like.default: _same_shape,
+    aten.ones_like.default: _pointwise,
 }

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from meshwright.runtime.errors import PlanError
-from meshwright.runtime.groups import current
+from meshwright.runtime.groups import all_gather_flat, current, reduce_scatter_flat
 from meshwright.runtime.layout import shard_bounds
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
@@ -58,7 +58,7 @@ def _gather(axis: str, dim: int, groups: int) -> Convert:
     def run(x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         out = torch.empty((pieces, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(out.view(pieces * x.shape[0], *x.shape[1:]) if x.ndim else out, x, group=group)
+        all_gather_flat(out.view(pieces * x.shape[0], *x.shape[1:]) if x.ndim else out, x, group=group)
         return _joined(out, dim, groups)
 
     return run
@@ -88,7 +88,7 @@ def _scatter(axis: str, dim: int, groups: int) -> Convert:
         blocks = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
         parts = blocks.movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
         out = torch.empty(parts.shape[1:], dtype=x.dtype, device=x.device)
-        dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
+        reduce_scatter_flat(out, parts.flatten(0, 1), group=group)
         return out
 
     return run

@@ -15,6 +15,10 @@ from meshwright.runtime.errors import PlanError
 
 TIMEOUT = 300.0
 
+# torch 2.13 renames these two; both names do the same.
+all_gather_flat: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(slots=True)
 class Groups:

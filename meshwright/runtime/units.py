@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from meshwright.runtime.groups import Groups
+from meshwright.runtime.groups import Groups, all_gather_flat, reduce_scatter_flat
 from meshwright.runtime.layout import parse
 from meshwright.runtime.parameters import Held
 
@@ -136,7 +136,7 @@ class Unit:
         for held in self.held:
             held.parameter.grad = None
         out = torch.empty_like(self.rest)
-        work = dist.reduce_scatter_tensor(out, flat, group=self.groups.group(["dp"]), async_op=True)
+        work = reduce_scatter_flat(out, flat, group=self.groups.group(["dp"]), async_op=True)
         self.work.append(work)
         self.scratch += [out, flat]
         if self.zero == 3:
@@ -159,7 +159,7 @@ class Unit:
         self.reduced = True
         if self.zero == 1:
             group = self.groups.group(["dp"])
-            self.work.append(dist.reduce_scatter_tensor(self.piece_grad, self.grad, group=group, async_op=True))
+            self.work.append(reduce_scatter_flat(self.piece_grad, self.grad, group=group, async_op=True))
         elif self.axes and (group := self.groups.group(self.axes, self.stages)) is not None:
             self.work.append(dist.all_reduce(self.grad, group=group, async_op=True))
 
@@ -181,7 +181,7 @@ class Unit:
         if not self.zero:
             return self._views(self.piece_grad)
         flat = self.rest.new_empty(self.shard_size * self.groups.size("dp"))
-        dist.all_gather_into_tensor(flat, self.piece_grad.contiguous(), group=self.groups.group(["dp"]))
+        all_gather_flat(flat, self.piece_grad.contiguous(), group=self.groups.group(["dp"]))
         return self._views(flat)
 
     # Parameters
@@ -189,7 +189,7 @@ class Unit:
     def updated(self) -> Any:
         """After the optimizer: ZeRO-1 and 2 gather the parameters again. Returns the work to wait for."""
         if self.zero in (1, 2):
-            return dist.all_gather_into_tensor(self.flat, self.rest, group=self.groups.group(["dp"]), async_op=True)
+            return all_gather_flat(self.flat, self.rest, group=self.groups.group(["dp"]), async_op=True)
         return None
 
     def gather(self) -> None:
@@ -201,7 +201,7 @@ class Unit:
         # Saved tensors of an earlier forward are views of this storage: the same values come back.
         preserved = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
         with preserved(self.flat), torch.no_grad():
-            dist.all_gather_into_tensor(self.flat, self.rest, group=self.groups.group(["dp"]))
+            all_gather_flat(self.flat, self.rest, group=self.groups.group(["dp"]))
         self.is_whole = True
 
     def drop(self) -> None:
@@ -218,7 +218,7 @@ class Unit:
         if self.zero != 3:
             return [h.parameter.detach() for h in self.held]
         flat = self.rest.new_empty(self.shard_size * self.groups.size("dp"))
-        dist.all_gather_into_tensor(flat, self.rest.contiguous(), group=self.groups.group(["dp"]))
+        all_gather_flat(flat, self.rest.contiguous(), group=self.groups.group(["dp"]))
         return self._views(flat)
 
 

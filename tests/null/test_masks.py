@@ -46,6 +46,23 @@ CAUSAL: dict[str, Callable[[int], torch.Tensor]] = {
     "key < query + 1": lambda n: _grid(n)[1] < _grid(n)[0] + 1,
     "and with ones": lambda n: torch.ones(n, n, dtype=torch.bool) & (_grid(n)[1] <= _grid(n)[0]),
 }
+
+
+def _packed(start: int) -> Callable[[int], torch.Tensor]:
+    """The mask of one packed sequence: a position that does not follow its neighbour begins another sequence."""
+
+    def mask(length: int) -> torch.Tensor:
+        positions = torch.arange(length).unsqueeze(0)
+        breaks = torch.diff(positions, prepend=positions[:, :1] - start, dim=-1) != 1
+        sequence = breaks.cumsum(-1)
+        same = sequence[:, :, None] == sequence[:, None, :]
+        return same & (_grid(length)[1] <= _grid(length)[0])
+
+    return mask
+
+
+CAUSAL["one packed sequence"] = _packed(1)
+
 OTHER: dict[str, Callable[[int], torch.Tensor]] = {
     "strictly before": lambda n: _grid(n)[1] < _grid(n)[0] + 0,
     "key >= query": lambda n: _grid(n)[1] >= _grid(n)[0],
@@ -58,7 +75,7 @@ OTHER: dict[str, Callable[[int], torch.Tensor]] = {
 @pytest.mark.parametrize("name", CAUSAL)
 def test_causal_mask_is_proven(name: str) -> None:
     mask = CAUSAL[name](7)
-    assert torch.equal(mask, torch.ones(7, 7).tril().bool())
+    assert torch.equal(mask.reshape(7, 7), torch.ones(7, 7).tril().bool())
     assert _is_flagged(CAUSAL[name])
 
 
@@ -66,6 +83,13 @@ def test_causal_mask_is_proven(name: str) -> None:
 def test_other_masks_stay(name: str) -> None:
     assert not torch.equal(OTHER[name](7), torch.ones(7, 7).tril().bool())
     assert not _is_flagged(OTHER[name])
+
+
+def test_packed_form_of_transformers() -> None:
+    model = models.build("llama")
+    model.config.use_cache = False  # then Transformers looks for packed sequences in the positions
+    node = _attention_of(model, models.batch("llama", "plain"))
+    assert node.kwargs.get("is_causal") is True
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])

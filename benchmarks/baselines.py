@@ -1,0 +1,163 @@
+"""torch's own ways to train the same Llama on two ranks; each gives a step function that returns the global loss."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+Batch = Mapping[str, torch.Tensor]
+Step = Callable[[], float]
+LEARNING_RATE = 1e-4
+
+
+def _half(batch: Batch, rank: int) -> dict[str, torch.Tensor]:
+    return {name: value.chunk(2)[rank] for name, value in batch.items()}
+
+
+def _mean(loss: torch.Tensor) -> float:
+    value = loss.detach().clone()
+    dist.all_reduce(value)
+    return value.item() / 2
+
+
+def ddp(model: Any, batch: Batch, rank: int) -> Step:
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    part = _half(batch, rank)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = wrapped(**part).loss
+        loss.backward()
+        optimizer.step()
+        return _mean(loss)
+
+    return step
+
+
+def fsdp2(model: Any, batch: Batch, rank: int) -> Step:
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    part = _half(batch, rank)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = model(**part).loss
+        loss.backward()
+        optimizer.step()
+        return _mean(loss)
+
+    return step
+
+
+def dtensor(model: Any, batch: Batch, rank: int) -> Step:
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        plan[name] = ColwiseParallel()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        plan[name] = RowwiseParallel()
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+    parallelize_module(
+        model,
+        mesh,
+        {
+            "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+            "lm_head": ColwiseParallel(output_layouts=Replicate()),
+        },
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss.full_tensor() if isinstance(loss, DTensor) else loss)
+
+    return step
+
+
+class _Half(nn.Module):
+    """One of two hand-cut stages."""
+
+    def __init__(self, model: Any, index: int):
+        super().__init__()
+        self.rotary_emb = model.model.rotary_emb
+        self.layers = nn.ModuleList(model.model.layers[2 * index : 2 * index + 2])
+        self.embed_tokens = model.model.embed_tokens if index == 0 else None
+        self.norm = model.model.norm if index == 1 else None
+        self.lm_head = model.lm_head if index == 1 else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed_tokens(x) if self.embed_tokens is not None else x
+        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
+        rotary = self.rotary_emb(hidden, positions)
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
+        return self.lm_head(self.norm(hidden)) if self.lm_head is not None else hidden
+
+
+def pipelining(model: Any, batch: Batch, rank: int) -> Step:
+    half = _Half(model, rank)
+    stage = PipelineStage(half, rank, 2, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(half.parameters(), lr=LEARNING_RATE)
+
+    def loss_fn(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=loss_fn)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        losses: list[torch.Tensor] = []
+        if rank == 0:
+            schedule.step(batch["input_ids"])
+        else:
+            schedule.step(target=batch["labels"], losses=losses)
+        optimizer.step()
+        value = torch.stack(losses).mean().detach() if losses else torch.zeros(())
+        dist.all_reduce(value)
+        return value.item()
+
+    return step
+
+
+def one_rank(model: Any, batch: Batch, rank: int) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+
+    def step() -> float:
+        value = torch.zeros(())
+        if rank == 0:
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            value = loss.detach().clone()
+        dist.all_reduce(value)
+        return value.item()
+
+    return step
+
+
+BASELINES: Mapping[str, Callable[[Any, Batch, int], Step]] = {
+    "torch DDP": ddp,
+    "torch FSDP2": fsdp2,
+    "torch DTensor tp2": dtensor,
+    "torch 1F1B": pipelining,
+    "one rank": one_rank,
+}
+"""Name -> (model, global batch, rank) -> step."""
+

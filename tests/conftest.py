@@ -1,0 +1,31 @@
+"""Options and fixtures of all rings."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew; review it as code")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, dict[str, str]], None]:
+    """Compare texts by file name with tests/golden/<name>/, or write them with --update-golden."""
+
+    def check(name: str, texts: dict[str, str]) -> None:
+        directory = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            for file, text in texts.items():
+                (directory / file).parent.mkdir(parents=True, exist_ok=True)
+                (directory / file).write_text(text)
+        for file, text in texts.items():
+            known = (directory / file).read_text() if (directory / file).exists() else ""
+            difference = difflib.unified_diff(known.splitlines(), text.splitlines(), f"golden/{file}", "emitted", lineterm="")
+            assert known == text, "\n".join(difference)
+
+    return check

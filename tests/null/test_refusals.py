@@ -1,0 +1,160 @@
+"""What is refused, with the whole message: before any process waits on another."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from meshwright import Mesh, Plan, PlanError, UnsupportedError, compile_parallel
+from tests import models
+
+
+def _mlp(mesh: Mesh, **plan: Any) -> None:
+    compile_parallel(models.build("mlp"), mesh, example_inputs=models.batch("mlp"), plan=Plan(**plan))
+
+
+def test_unknown_axis() -> None:
+    with pytest.raises(PlanError, match="^unknown mesh axis 'xp': the axes are dp, pp, tp$"):
+        Mesh(xp=2)
+
+
+def test_batch_that_does_not_divide() -> None:
+    with pytest.raises(PlanError) as error:
+        _mlp(Mesh(dp=5))
+    assert str(error.value) == (
+        "cannot cut the batch of 12 ('features', dim 0) over dp=5 times 1 microbatches: 12 is not a multiple of 5\n"
+        "  use a batch of 15, or another dp or microbatches"
+    )
+
+
+def test_unknown_module_in_split() -> None:
+    with pytest.raises(PlanError, match="split names 'layers.9', which is no module that the model runs\n  near it: layers"):
+        _mlp(Mesh(pp=2), split=("layers.9",))
+
+
+def test_unknown_name_in_pin() -> None:
+    with pytest.raises(PlanError, match=r"^the pin '\*\.query\.weight' matches no parameter"):
+        _mlp(Mesh(tp=2), pins={"*.query.weight": {"tp": "I"}})
+
+
+def test_user_split_is_followed() -> None:
+    program = compile_parallel(
+        models.build("mlp"), Mesh(pp=2), example_inputs=models.batch("mlp"), plan=Plan(split=("layers.1",), microbatches=2)
+    )
+    assert program.lowered.parameters["layers.1.up.weight"].stages == (1,)
+    assert program.lowered.parameters["layers.0.up.weight"].stages == (0,)
+
+
+def test_more_stages_than_places_to_cut() -> None:
+    with pytest.raises(PlanError, match="pp=6 asks for 6 stages"):
+        _mlp(Mesh(pp=6), microbatches=1)
+
+
+def test_missing_example_inputs() -> None:
+    with pytest.raises(PlanError) as error:
+        compile_parallel(models.build("mlp"), Mesh(dp=2))
+    assert str(error.value).startswith("example_inputs is missing, and MLP has neither example_input_array nor dummy_inputs")
+
+
+def test_non_scalar_loss() -> None:
+    with pytest.raises(PlanError, match="^the loss is not a scalar: it has shape"):
+        compile_parallel(nn.Linear(4, 4), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))
+
+
+def test_no_loss() -> None:
+    batch = {"input_ids": models.batch("llama")["input_ids"]}
+    with pytest.raises(PlanError, match="^the model returns no loss"):
+        compile_parallel(models.build("llama"), Mesh(dp=2), example_inputs=batch)
+
+
+def test_dropout() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
+    with pytest.raises(UnsupportedError, match="^dropout with p=0.1 .* is not supported yet"):
+        compile_parallel(model, Mesh(dp=2), example_inputs=(torch.randn(4, 4),), loss_fn=lambda m, b: m(*b).sum())
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x).sum()
+        return y if y > 0 else -y
+
+
+def test_data_dependent_control_flow() -> None:
+    with pytest.raises(UnsupportedError, match="^the model's control flow depends on its data"):
+        compile_parallel(DataDependent(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        before = y.view(-1)
+        y.add_(1.0)
+        return before.sum()
+
+
+def test_in_place_with_a_later_reader() -> None:
+    with pytest.raises(UnsupportedError, match="changes a value in place that is read again later"):
+        compile_parallel(InPlace(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))
+
+
+class BatchMean(nn.Module):
+    """A loss over the whole batch that is no sum over samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).mean(0).pow(2).sum()
+
+
+def test_batch_that_cannot_be_cut_in_time() -> None:
+    with pytest.raises(PlanError) as error:
+        compile_parallel(BatchMean(), Mesh(dp=1), example_inputs=(torch.randn(4, 4),), plan=Plan(microbatches=2))
+    assert str(error.value) == (
+        "the batch cannot be cut into microbatches without changing the result: the loss mixes samples of the batch\n"
+        "  use microbatches=1"
+    )
+
+
+def test_plan_choices() -> None:
+    with pytest.raises(PlanError, match="^unknown schedule 'zigzag': the schedules are gpipe, 1f1b$"):
+        Plan(schedule="zigzag")
+    with pytest.raises(PlanError, match="^zero=4"):
+        Plan(zero=4)
+    with pytest.raises(UnsupportedError, match="^precision='bf16' is not supported yet"):
+        Plan(precision="bf16")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="^unknown choice 'zeros' in the plan"):
+        Plan.from_dict({"zeros": 1})
+
+
+def test_foreign_files_are_kept(tmp_path: Path) -> None:
+    program = compile_parallel(models.build("mlp"), Mesh(dp=2), example_inputs=models.batch("mlp"))
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "thesis.tex").write_text("years of work")
+    with pytest.raises(PlanError, match="has files that this would overwrite .*: thesis.tex"):
+        program.emit(tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "thesis.tex").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"], "nothing half-written stays"
+
+
+def test_edited_files_are_kept(tmp_path: Path) -> None:
+    program = compile_parallel(models.build("mlp"), Mesh(dp=2), example_inputs=models.batch("mlp"))
+    program.emit(tmp_path / "bundle")
+    program.emit(tmp_path / "bundle")  # untouched: written again
+    stage = tmp_path / "bundle" / "stages" / "stage_0.py"
+    stage.write_text(stage.read_text() + "# mine\n")
+    with pytest.raises(PlanError, match="stages/stage_0.py"):
+        program.emit(tmp_path / "bundle")
+    program.emit(tmp_path / "bundle", overwrite=True)
+    assert "# mine" not in stage.read_text()

@@ -1,0 +1,142 @@
+"""Every operator rule, proven by brute force; a rule without a case fails."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from meshwright.compiler.errors import PlanError
+from meshwright.passes.factors import Rule, of_view, parse
+from meshwright.passes.rules import DEFAULT_RULES
+from meshwright.testing import check_rule
+
+aten = torch.ops.aten
+
+
+def _x(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def _ids(high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(0))
+
+
+CASES: dict[Any, list[Callable[[], tuple[list[Any], dict[str, Any]]]]] = {
+    aten.to.dtype: [lambda: ([_x(4, 6), torch.float64], {})],
+    aten.linear.default: [lambda: ([_x(2, 4, 6), _x(8, 6)], {}), lambda: ([_x(4, 6), _x(8, 6)], {})],
+    aten.matmul.default: [
+        lambda: ([_x(2, 4, 6), _x(6, 8)], {}),
+        lambda: ([_x(2, 4, 6), _x(2, 6, 8)], {}),
+        lambda: ([_x(6), _x(6, 4)], {}),
+        lambda: ([_x(4, 6), _x(6)], {}),
+    ],
+    aten.mm.default: [lambda: ([_x(4, 6), _x(6, 8)], {})],
+    aten.bmm.default: [lambda: ([_x(2, 4, 6), _x(2, 6, 8)], {})],
+    aten.embedding.default: [lambda: ([_x(10, 6), _ids(10, 4, 6)], {}), lambda: ([_x(10, 6), _ids(10, 4, 6), 3], {})],
+    aten.layer_norm.default: [lambda: ([_x(4, 6, 8), [8], _x(8), _x(8)], {}), lambda: ([_x(4, 6, 8), [6, 8]], {})],
+    aten.rms_norm.default: [lambda: ([_x(4, 6, 8), [8], _x(8)], {})],
+    aten.softmax.int: [lambda: ([_x(4, 6, 8), -1], {}), lambda: ([_x(4, 6, 8), 1], {})],
+    aten.log_softmax.int: [lambda: ([_x(4, 6, 8), -1], {})],
+    aten.scaled_dot_product_attention.default: [
+        lambda: ([_x(2, 4, 6, 8), _x(2, 4, 6, 8), _x(2, 4, 6, 8)], {"is_causal": True}),
+        lambda: ([_x(2, 4, 6, 8), _x(2, 2, 6, 8), _x(2, 2, 6, 8)], {"is_causal": True, "enable_gqa": True}),
+        lambda: ([_x(2, 4, 6, 8), _x(2, 4, 6, 8), _x(2, 4, 6, 8), _x(2, 1, 6, 6)], {}),
+        lambda: ([_x(2, 4, 6, 8), _x(2, 4, 6, 8), _x(2, 4, 6, 8), _x(6, 6)], {"scale": 0.3}),
+    ],
+    F.cross_entropy: [lambda: ([_x(8, 10), _ids(10, 8)], {"reduction": "sum"})],
+    aten.sum.default: [lambda: ([_x(4, 6)], {})],
+    aten.sum.dim_IntList: [lambda: ([_x(4, 6, 8), [1]], {}), lambda: ([_x(4, 6, 8), [0, -1], True], {})],
+    aten.mean.default: [lambda: ([_x(4, 6)], {})],
+    aten.mean.dim: [lambda: ([_x(4, 6, 8), [-1], True], {})],
+    aten.amax.default: [lambda: ([_x(4, 6, 8), [1]], {})],
+    aten.cumsum.default: [lambda: ([_x(4, 6), 1], {})],
+    aten.view.default: [
+        lambda: ([_x(4, 6, 8), [24, 8]], {}),
+        lambda: ([_x(4, 12), [4, 2, 6]], {}),
+        lambda: ([_x(4, 12), [4, 6, 2]], {}),
+    ],
+    aten.reshape.default: [lambda: ([_x(4, 6, 8), [4, 48]], {})],
+    aten.flatten.using_ints: [lambda: ([_x(4, 6, 8), 1, 2], {})],
+    aten.unflatten.int: [lambda: ([_x(4, 12), 1, [-1, 3]], {})],
+    aten.unsqueeze.default: [lambda: ([_x(4, 6), 1], {})],
+    aten.squeeze.dim: [lambda: ([_x(4, 1, 6), 1], {})],
+    aten.squeeze.default: [lambda: ([_x(4, 1, 6)], {})],
+    aten.expand.default: [lambda: ([_x(4, 1, 6), [4, 2, 6]], {})],
+    aten.transpose.int: [lambda: ([_x(4, 6, 8), 1, 2], {})],
+    aten.permute.default: [lambda: ([_x(4, 6, 8), [2, 0, 1]], {})],
+    aten.slice.Tensor: [lambda: ([_x(4, 6), 1, 2, 5], {})],
+    aten.select.int: [lambda: ([_x(4, 6), 1, 2], {})],
+    aten.split.Tensor: [lambda: ([_x(4, 12), 6, 1], {}), lambda: ([_x(4, 12), 4, 1], {})],
+    aten.chunk.default: [lambda: ([_x(4, 12), 3, 1], {})],
+    aten.cat.default: [lambda: ([[_x(4, 6), _x(4, 6)], 1], {}), lambda: ([[_x(4, 6), _x(2, 6)], 0], {})],
+    aten.pad.default: [lambda: ([_x(4, 6), [0, 2]], {}), lambda: ([_x(4, 6), [1, 0], "constant", 3.0], {})],
+    aten.detach.default: [lambda: ([_x(4, 6)], {})],
+    aten.zeros_like.default: [lambda: ([_x(4, 6)], {})],
+    aten.ones_like.default: [lambda: ([_x(4, 6)], {})],
+}
+CONSTANTS = {aten.zeros.default, aten.ones.default, aten.full.default}
+"""They have no operand: their pieces are made with the piece's own shape."""
+
+POINTWISE: list[tuple[Any, list[Any]]] = [
+    (aten.add.Tensor, [_x(2, 4, 6), _x(4, 6)]),
+    (aten.sub.Tensor, [_x(4, 6), _x(4, 1)]),
+    (aten.mul.Tensor, [_x(4, 6), _x(6)]),
+    (aten.div.Tensor, [_x(4, 6), _x(4, 6)]),
+    (aten.neg.default, [_x(4, 6)]),
+    (aten.silu.default, [_x(4, 6)]),
+    (aten.gelu.default, [_x(4, 6)]),
+    (aten.relu.default, [_x(4, 6)]),
+    (aten.pow.Tensor_Scalar, [_x(4, 6), 2]),
+    (aten.masked_fill.Scalar, [_x(4, 6), _x(4, 6) > 0, 0]),
+    (aten.where.self, [_x(4, 6) > 0, _x(4, 6), _x(1, 6)]),
+]
+
+
+@pytest.mark.parametrize("operator", [op for op in DEFAULT_RULES if op not in CONSTANTS], ids=str)
+def test_rule_holds(operator: Any) -> None:
+    assert operator in CASES, f"{operator} has a rule and no case here"
+    proven = 0
+    for case in CASES[operator]:
+        args, kwargs = case()
+        proven += check_rule(operator, DEFAULT_RULES[operator], args, kwargs)
+    assert proven > 0, "a case proves at least one split"
+
+
+@pytest.mark.parametrize(("operator", "args"), POINTWISE, ids=lambda value: str(value) if not isinstance(value, list) else "")
+def test_pointwise_operators_need_no_rule(operator: Any, args: list[Any]) -> None:
+    assert check_rule(operator, None, args) > 0
+
+
+def test_a_wrong_rule_is_found() -> None:
+    with pytest.raises(PlanError, match="put together, the pieces do not give the result 0"):
+        check_rule(aten.softmax.int, Rule("... d -> ... d"), [_x(4, 6), -1])
+    with pytest.raises(PlanError, match="is not linear in its operands"):
+        check_rule(aten.linear.default, Rule("... i, o i -> ... o", linear=((0, 1),)), [_x(4, 6), _x(8, 6)])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a b", "one '->' stands between"),
+        ("a -> b", "'b' stands in a result and in no operand"),
+        ("a ... -> a", "'...' stands first"),
+        ("a& -> a", "'a&' is no factor"),
+    ],
+)
+def test_a_malformed_rule_says_what_is_wrong(text: str, reason: str) -> None:
+    with pytest.raises(PlanError) as error:
+        parse(text)
+    assert reason in str(error.value)
+
+
+def test_factors_of_views() -> None:
+    import sympy
+
+    batch, tokens = sympy.symbols("B T", positive=True, integer=True)
+    (first, second, third) = of_view((batch, tokens, 64), (batch * tokens, 64))
+    assert (first.size, second.size, third.size) == (batch, tokens, 64)
+    assert second.results[0] is not None and second.results[0].outer == batch
+    assert of_view((6,), (4,)) == ()
