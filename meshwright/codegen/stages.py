@@ -2,6 +2,7 @@
 
 import collections
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
@@ -94,7 +95,7 @@ class _StageWriter:
         self.bodies.append(body)
         return ClassView(
             name=identifier(block.name),
-            docstring=_paths(self.instances[block.name]),
+            docstring=_wrapped(_paths(self.instances[block.name]), 104),
             init=tuple(self._declared(function, attributes, f"{first}.")),
             arguments=", ".join(("self", *body.arguments)),
             inputs=self._inputs_comment(function, names),
@@ -153,7 +154,7 @@ class _StageWriter:
             self.bodies.append(prepare)
         return ClassView(
             name="Stage",
-            docstring=self._contents(),
+            docstring=_wrapped(self._contents(), 104),
             init=tuple(init),
             arguments=", ".join(("self", *body.arguments)),
             inputs="",
@@ -204,7 +205,9 @@ class _StageWriter:
                 },
                 **by_name,
             }
-        for name, value in by_name.items():
+        order = {node: i for i, node in enumerate(function.graph.nodes)}
+        first = {str(n.target): min((order[u] for u in n.users), default=0) for n in order if n.op == "get_attr"}
+        for name, value in sorted(by_name.items(), key=lambda item: first.get(item[0], 0)):
             full = prefix + name
             placed = self.lowered.parameters.get(full)
             local = list(value.shape)
@@ -225,8 +228,13 @@ class _StageWriter:
                 parts.append(f"segment=({s.dim}, {s.start}, {s.length})")
             parts += [f'{axis}="{held}"' for axis, held in placed.held.items() if self.shared.get(axis) != held]
             lines.append(Line(code=f"self.{attributes[name]} = param({', '.join(parts)})", margin=piece))
-        width = max((len(line.code) for line in lines), default=0)
-        return [f"{line.code:<{width}}  # {line.margin}" for line in lines]
+        short = [line for line in lines if len(line.code) + len(line.margin) + 12 <= 120]
+        width = max((len(line.code) for line in short), default=0)
+        out: list[str] = []
+        for line in lines:
+            aligned = f"{line.code:<{width}}  # {line.margin}"
+            out += [aligned] if line in short and len(aligned) + 8 <= 120 else _broken(line.code, line.margin)
+        return out
 
     def _inputs_comment(self, function: Function, names: Mapping[fx.Node, str]) -> str:
         groups: dict[str, list[str]] = {}
@@ -250,10 +258,15 @@ class _StageWriter:
     def docstring(self) -> str:
         count = len(self.lowered.stages)
         ranks = _ranges(self.stage.ranks)
-        return (
+        return _wrapped(
             f"Stage {self.stage.index} of {count} of {self.lowered.capture.model}: {self._contents()}, "
             f"on {'rank' if len(self.stage.ranks) == 1 else 'ranks'} {ranks} of {self.lowered.mesh}."
         )
+
+
+def _wrapped(text: str, width: int = 116) -> str:
+    """Text in lines, as it may stand in a docstring."""
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)).replace("\\", "/").replace('"', "'")
 
 
 def _shared(parameters: Sequence[Placed]) -> dict[str, Held]:
@@ -389,11 +402,22 @@ def _rendered(lines: Iterable[Line]) -> list[str]:
             out.append("")
         if line.is_comment:
             out.append(f"{line.code:<{CODE}}  {line.margin}".rstrip())
-        elif line.margin:
+        elif line.margin and max(CODE, len(line.code)) + len(line.margin) + 12 <= 120:
             out.append(f"{line.code:<{CODE}}  # {line.margin}")
         else:
-            out.append(line.code)
+            out += _broken(line.code, line.margin)
     return out
+
+
+def _broken(code: str, margin: str = "") -> list[str]:
+    """A line that is too long, broken behind the parenthesis of its outermost call as a formatter would."""
+    beside = f"  # {margin}" if margin else ""
+    if len(code) + 8 <= 120:
+        return [f"{code}{beside}" if len(code) + len(beside) + 8 <= 120 else code]
+    start = code.find("(", code.find(" = ") + 1)
+    if not code.endswith(")") or start < 0:
+        return [code]
+    return [code[: start + 1], f"    {code[start + 1 : -1]}", f"){beside}"]
 
 
 def _legend(lowered: Lowered, lines: Sequence[Line]) -> Iterable[tuple[str, str]]:

@@ -24,6 +24,7 @@ from meshwright.passes.reshard import conversion_of
 from meshwright.passes.rows import operands
 
 aten = torch.ops.aten
+LINE = 120
 WIDTH = 98
 """Characters of code, without the indent of 8, that a line keeps to where it can be cut."""
 
@@ -170,7 +171,7 @@ class Writer:
             names = [self._take(end, position) for end in ends]
             self._emit(f"{', '.join(names)} = {code}", None)
             return
-        if self._returns(node):
+        if self._returns(node, code):
             return
         name = self._take(node, position)
         self._emit(f"{name} = {code}", node)
@@ -180,7 +181,9 @@ class Writer:
         while True:
             code = self._spelled(node).code
             inside = [n for n in self._inside(node) if self._text(n).code.count("(") + self._text(n).code.count("[")]
-            if len(code) + len(self._preferred(node)) + 3 <= WIDTH or not inside:
+            beside = len(margin(self.function.values[node], self.axes)) if node in self.function.values else 0
+            target = max(len(self._preferred(node)) + 3, 7)
+            if (len(code) + target <= WIDTH and len(code) + target + beside <= LINE - 13) or not inside:
                 return code
             longest = max(inside, key=lambda n: len(self._text(n).code))
             self.folded.discard(longest)
@@ -194,11 +197,11 @@ class Writer:
         joined = [n for n in operands(node) if n in self.folded]
         return [n for n in joined if not self._is_bias(n, node)]
 
-    def _returns(self, node: fx.Node) -> bool:
+    def _returns(self, node: fx.Node, code: str) -> bool:
         """Whether a node is returned directly: the last line of the function is ``return <its code>``."""
         results = self.function.results()
         if results == (node,) and len(node.users) == 1 and conversion_of(node) is None:
-            self.pending[node] = self._spelled(node)
+            self.pending[node] = Text(code)
             return True
         return False
 

@@ -62,6 +62,7 @@ def capture(
         leaves = tuple(
             leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves
         )
+    given = leaves
     if any(parameter.is_meta for parameter in model.parameters()):
         leaves = tuple(leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = _Step(model, rebuild, loss_fn)
@@ -93,7 +94,7 @@ def capture(
         function=function,
         parameters=parameters,
         buffers={name: buffer for name, buffer in buffers.items() if name in used},
-        inputs=tuple(_input(name, leaf, batch_size, function) for name, leaf in zip(names, leaves, strict=True)),
+        inputs=tuple(_input(name, leaf, batch_size, function) for name, leaf in zip(names, given, strict=True)),
         input_tree=tree,
         symbols={symbol: size for symbol, size in _sizes(leaves, batch_size).items() if symbol in renaming.values()},
         fixed=fixed,

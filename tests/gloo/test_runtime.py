@@ -1,0 +1,144 @@
+"""The runtime beside parity: failures end everywhere, checkpoints continue exactly, edited bundles are checked."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from meshwright import BundleError, Mesh, Plan, PlanError, compile_parallel
+from meshwright.runtime import Trainer
+from tests import models
+from tests.gloo.pool import Pool
+
+pytestmark = pytest.mark.gloo
+
+
+def _bundle(directory: Path, name: str, mesh: Mesh, **plan: Any) -> str:
+    program = compile_parallel(models.build(name), mesh, example_inputs=models.batch(name), plan=Plan(**plan))
+    return str(program.emit(directory))
+
+
+def _adam(named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(named, lr=1e-2)
+
+
+def continue_training(bundle: str, checkpoint: str, name: str) -> tuple[list[float], list[float], int]:
+    """Two steps, save, two steps; then another trainer that loads and does the last two again."""
+    first = Trainer(bundle, optimizer=_adam, device="cpu")
+    part = first.shard(models.batch(name))
+    for _ in range(2):
+        first.step(part)
+    first.save(checkpoint)
+    straight = [first.step(part).item() for _ in range(2)]
+    first.close()
+    second = Trainer(bundle, optimizer=_adam, device="cpu", seed=5)
+    second.load(checkpoint)
+    resumed = [second.step(part).item() for _ in range(2)]
+    second.close()
+    return straight, resumed, second.num_steps
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_checkpoint_continues_exactly(zero: int, pool: Pool, tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path / "bundle", "mlp", Mesh(dp=2, pp=2), zero=zero, microbatches=3)
+    results = pool.run("tests.gloo.test_runtime:continue_training", (bundle, str(tmp_path / "saved"), "mlp"), ranks=4)
+    for straight, resumed, steps in results:
+        assert straight == resumed and steps == 4
+
+
+def load_elsewhere(bundle: str, checkpoint: str) -> str:
+    trainer = Trainer(bundle, optimizer=_adam, device="cpu")
+    try:
+        trainer.load(checkpoint)
+    except BundleError as error:
+        return str(error)
+    finally:
+        trainer.close()
+    return "loaded"
+
+
+def test_another_layout_is_refused(pool: Pool, tmp_path: Path) -> None:
+    one = _bundle(tmp_path / "one", "mlp", Mesh(dp=2), zero=1)
+    other = _bundle(tmp_path / "other", "mlp", Mesh(dp=2), zero=3)
+    pool.run("tests.gloo.test_runtime:continue_training", (one, str(tmp_path / "saved"), "mlp"), ranks=2)
+    messages = pool.run("tests.gloo.test_runtime:load_elsewhere", (other, str(tmp_path / "saved")), ranks=2)
+    assert all("was saved under another layout" in message for message in messages)
+
+
+def test_the_wrong_number_of_processes(tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path / "bundle", "mlp", Mesh(dp=2))
+    with pytest.raises(PlanError) as error:
+        Trainer(bundle, optimizer=_adam, device="cpu")
+    assert str(error.value) == (
+        "the bundle is for 2 processes (dp=2) and was launched with 1\n  torchrun --nproc-per-node 2 train.py"
+    )
+
+
+def draw(bundle: str) -> dict[str, torch.Tensor]:
+    trainer = Trainer(bundle, optimizer=_adam, device="cpu", seed=3)
+    state = trainer.full_state_dict()
+    trainer.close()
+    return state
+
+
+def test_a_seed_gives_the_same_weights_on_every_mesh(pool: Pool, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = models.llama(2)
+    batch = models.batch("llama")
+    states = []
+    for i, mesh in enumerate([Mesh(dp=2), Mesh(tp=2), Mesh(pp=2, tp=2)]):
+        program = compile_parallel(model, mesh, example_inputs=batch, plan=Plan(zero=3 if i == 0 else 0))
+        bundle = program.emit(tmp_path / str(i))
+        states.append(pool.run("tests.gloo.test_runtime:draw", (str(bundle),), ranks=mesh.num_ranks)[0])
+    for state in states[1:]:
+        assert set(state) == set(states[0]) == set(model.state_dict())
+        assert all(torch.equal(state[name], states[0][name]) for name in state)
+    weight = states[0]["model.layers.0.mlp.up_proj.weight"]
+    assert 0.015 < weight.std() < 0.025, "drawn as the model draws it"
+    assert torch.equal(states[0]["model.norm.weight"], torch.ones(64))
+
+
+def test_an_edited_forward_trains_and_a_broken_promise_is_named(pool: Pool, tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path / "bundle", "mlp", Mesh(dp=2))
+    stage = Path(bundle) / "stages/stage_0.py"
+    text = stage.read_text()
+    assert "F.relu(" in text
+    stage.write_text(text.replace("F.relu(", "F.silu("))
+    losses = pool.run("tests.gloo.test_runtime:train_a_little", (bundle, "mlp"), ranks=2)
+    assert losses[0][-1] < losses[0][0]
+    stage.write_text(text.replace("(48, 12)", "(48, 13)"))
+    with pytest.raises(RuntimeError, match=r"the stage file says shape \(48, 13\), the manifest \(48, 12\)"):
+        pool.run("tests.gloo.test_runtime:train_a_little", (bundle, "mlp"), ranks=2)
+
+
+def train_a_little(bundle: str, name: str) -> list[float]:
+    trainer = Trainer(bundle, optimizer=_adam, device="cpu")
+    part = trainer.shard(models.batch(name))
+    losses = [trainer.step(part).item() for _ in range(4)]
+    trainer.close()
+    return losses
+
+
+def test_a_failing_rank_ends_the_others(tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path / "bundle", "llama", Mesh(dp=2, pp=2), microbatches=3)
+    stage = Path(bundle) / "stages/stage_1.py"
+    lines = stage.read_text().splitlines()
+    at = max(i for i, line in enumerate(lines) if line.strip().startswith("return"))
+    lines.insert(at, "        self.calls = getattr(self, 'calls', 0) + 1")
+    lines.insert(at + 1, "        if self.calls == 2 and torch.distributed.get_rank() == 3: raise ValueError('a bad batch')")
+    stage.write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", f"{bundle}/train.py", "--steps", "2", "--device", "cpu"]  # fmt: skip
+    started = time.monotonic()
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - started < 60
+    assert "rank 3 failed in 1F1 forward of stage 1, microbatch 1: ValueError: a bad batch" in done.stderr
+    others = [line for line in done.stderr.splitlines() if "RankError" in line and "rank 3" not in line]
+    assert not others, "one rank says why"
