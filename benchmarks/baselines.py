@@ -160,4 +160,3 @@ BASELINES: Mapping[str, Callable[[Any, Batch, int], Step]] = {
     "one rank": one_rank,
 }
 """Name -> (model, global batch, rank) -> step."""
-

@@ -1,7 +1,11 @@
-"""Step times side by side with torch's own parallelisms, in one run: python benchmarks/compare.py [--rounds 12] [--only dp2 ...]
+"""Step times side by side with torch's own parallelisms, in one run.
 
-Two ranks on gloo, one thread each; a Llama of 4 layers (hidden 256, 8 heads, intermediate 688, vocabulary 1024), a batch of
-8 x 128 tokens, AdamW. Contestants take turns step by step, so that a busy machine disturbs all alike; medians and ratios are
+    python benchmarks/compare.py [--rounds 12] [--only dp2 ...]
+
+Two ranks on gloo, one thread each; a Llama of 4 layers (hidden 256, 8 heads, intermediate 688, vocabulary 1024), a
+batch of
+8 x 128 tokens, AdamW. Contestants take turns step by step, so that a busy machine disturbs all alike; medians and
+ratios are
 shown. Before timing, all contestants' losses on the same batch have to agree to 1e-4.
 """
 

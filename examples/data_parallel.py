@@ -1,7 +1,9 @@
 """Data parallel: every rank has the whole model and a piece of the batch; gradients are summed once per step.
 
-A parameter is the same on every rank at rest (I) and used as R, whose gradient is a part: the sum over dp is pending, and
-the runtime makes it in buckets while the backward still runs. The loss is a sum over a count that all ranks know beforehand.
+A parameter is the same on every rank at rest (I) and used as R, whose gradient is a part: the sum over dp is pending,
+and
+the runtime makes it in buckets while the backward still runs. The loss is a sum over a count that all ranks know
+beforehand.
 """
 
 from lesson import show

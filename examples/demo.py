@@ -1,6 +1,7 @@
 """make demo: compile a small Llama for 8 ranks, look at the code, train it on real text beside one device.
 
-The text is the Python standard library, byte by byte. The model runs in float64 on both sides, so that what differs is the
+The text is the Python standard library, byte by byte. The model runs in float64 on both sides, so that what differs
+is the
 program and not rounding.
 """
 

@@ -50,11 +50,18 @@ def main() -> None:
         held = 0
         for placed in program.parameters.values():
             if stage.index in placed.stages:
-                size = placed.segment.length * math.prod(placed.parameter.shape[1:]) if placed.segment else math.prod(placed.parameter.shape)
+                size = (
+                    placed.segment.length * math.prod(placed.parameter.shape[1:])
+                    if placed.segment
+                    else math.prod(placed.parameter.shape)
+                )
                 held += size // (tensor if placed.held["tp"].use.is_split else 1)
         # bfloat16 parameters and gradients; ZeRO-1 splits AdamW's two moments over dp
         memory = held * 2 * 2 + held * 2 * 2 / data
-        print(f"stage {stage.index}: {len(stage.ranks)} ranks, each {held / 1e9:6.3f} billion parameters, {memory / 2**30:6.2f} GiB of state")
+        print(
+            f"stage {stage.index}: {len(stage.ranks)} ranks, each {held / 1e9:6.3f} billion parameters, "
+            f"{memory / 2**30:6.2f} GiB of state"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tensor parallel: heads and features split, two conversions around each attention and each MLP.
 
-The compiler finds Megatron's plan by cost: columns, then rows; one sum after the attention, one after the MLP. The second
+The compiler finds Megatron's plan by cost: columns, then rows; one sum after the attention, one after the MLP. The
+second
 part permits splitting the sequence too, and sums become reduce_scatter and all_gather.
 """
 

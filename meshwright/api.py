@@ -56,7 +56,8 @@ class Program:
     ) -> Path:
         """Write the bundle into ``directory`` (all of it or nothing) and return its path.
 
-        ranks: the rank files to write; None: all up to 1,024 ranks, one per role beyond. weights: write real parameters.
+        ranks: the rank files to write; None: all up to 1,024 ranks, one per role beyond. weights: write real
+        parameters.
         Raises PlanError for a directory with foreign or edited files, unless ``overwrite``.
         """
         return emit(self.lowered, Path(directory), ranks=ranks, weights=weights, overwrite=overwrite)

@@ -25,7 +25,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, dict[str, str]], No
                 (directory / file).write_text(text)
         for file, text in texts.items():
             known = (directory / file).read_text() if (directory / file).exists() else ""
-            difference = difflib.unified_diff(known.splitlines(), text.splitlines(), f"golden/{file}", "emitted", lineterm="")
+            difference = difflib.unified_diff(
+                known.splitlines(), text.splitlines(), f"golden/{file}", "emitted", lineterm=""
+            )
             assert known == text, "\n".join(difference)
 
     return check

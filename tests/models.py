@@ -18,7 +18,7 @@ class Layer(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         hidden = torch.relu(self.up(self.norm(features)))
-        return features + self.down(hidden)
+        return features + self.down(hidden)  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -32,7 +32,7 @@ class MLP(nn.Module):
         for layer in self.layers:
             features = layer(features)
         predictions = self.scale * self.head(features).squeeze(-1)
-        return (predictions - targets).pow(2).mean()
+        return (predictions - targets).pow(2).mean()  # type: ignore[no-any-return]
 
 
 def mlp(num_layers: int = 4) -> nn.Module:
@@ -42,7 +42,7 @@ def mlp(num_layers: int = 4) -> nn.Module:
 def llama(num_layers: int = 4, kv: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(  # type: ignore[no-any-return]
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=64,
@@ -57,7 +57,7 @@ def llama(num_layers: int = 4, kv: int = 2) -> nn.Module:
 def gpt2(num_layers: int = 4) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(  # type: ignore[no-any-return]
+    return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,
             n_embd=64,
@@ -74,7 +74,7 @@ def gpt2(num_layers: int = 4) -> nn.Module:
 def falcon(num_layers: int = 4, new: bool = False) -> nn.Module:
     from transformers import FalconConfig, FalconForCausalLM
 
-    return FalconForCausalLM(  # type: ignore[no-any-return]
+    return FalconForCausalLM(
         FalconConfig(
             vocab_size=VOCABULARY,
             hidden_size=64,

@@ -1,4 +1,6 @@
-"""Checking a bundle from its manifest and files alone: what the compiler proved holds for what lies on disk, edited or not."""
+"""Checking a bundle from its manifest and files alone: what the compiler proved holds for what lies on disk, edited
+or not.
+"""
 
 import ast
 from collections.abc import Mapping
@@ -15,7 +17,8 @@ from meshwright.runtime.manifest import actions_of, load_manifest
 
 
 def verify_bundle(directory: Path) -> list[str]:
-    """Check names, shapes and types of parameters, edges, and schedules; returns one line for each thing that was shown.
+    """Check names, shapes and types of parameters, edges, and schedules; returns one line for each thing that was
+    shown.
 
     Raises BundleError with the first thing that does not fit.
     """
@@ -25,9 +28,11 @@ def verify_bundle(directory: Path) -> list[str]:
     _check_edges(manifest)
     ranks = _check_schedules(directory, manifest)
     return [
-        f"{len(manifest['stages'])} stage files declare {sum(declared)} parameters and buffers as the manifest has them",
+        f"{len(manifest['stages'])} stage files declare {sum(declared)} parameters and buffers as the "
+        f"manifest has them",
         "every value that is sent is received, with the same shape and types",
-        f"the schedule is proven: every microbatch forward and backward once, no circle, messages match ({ranks} rank files)",
+        f"the schedule is proven: every microbatch forward and backward once, no circle, messages match "
+        f"({ranks} rank files)",
         f"edited since they were emitted: {', '.join(edited)}" if edited else "no file was edited",
     ]
 
@@ -61,7 +66,8 @@ def _check_stage(directory: Path, manifest: Mapping[str, Any], index: int) -> in
             raise BundleError(f"{path}:{node.lineno} declares {name!r}, which the manifest does not have")
         if not any(list(shape) == known[full]["shape"] for full in matching):
             raise BundleError(
-                f"{path}:{node.lineno} declares {name!r} with shape {shape}, the manifest says {tuple(known[matching[0]]['shape'])}"
+                f"{path}:{node.lineno} declares {name!r} with shape {shape}, the manifest says "
+                f"{tuple(known[matching[0]]['shape'])}"
             )
         for keyword in node.keywords:
             if keyword.arg != "segment" and keyword.arg is not None:
@@ -82,10 +88,15 @@ def _check_edges(manifest: Mapping[str, Any]) -> None:
         for name, edge in stage["receives"].items():
             sent = manifest["stages"][edge["from"]]["sends"].get(name)
             if sent is None or index not in sent["to"]:
-                raise BundleError(f"stage {index} receives {name!r} from stage {edge['from']}, which does not send it there")
+                raise BundleError(
+                    f"stage {index} receives {name!r} from stage {edge['from']}, which does not send it there"
+                )
             for key in ("shape", "dtype", "types", "requires_grad"):
                 if sent[key] != edge[key]:
-                    raise BundleError(f"{name!r} leaves stage {edge['from']} with {key} {sent[key]} and enters stage {index} with {edge[key]}")
+                    raise BundleError(
+                        f"{name!r} leaves stage {edge['from']} with {key} {sent[key]} and enters stage "
+                        f"{index} with {edge[key]}"
+                    )
 
 
 def _check_schedules(directory: Path, manifest: Mapping[str, Any]) -> int:

@@ -24,7 +24,9 @@ SHARD_BYTES = 4 * 2**30
 
 
 def emit(lowered: Lowered, directory: Path, *, ranks: Iterable[int] | None, weights: bool, overwrite: bool) -> Path:
-    """Write the bundle of ``lowered`` into ``directory``. Raises PlanError for files there that are not ours or were edited."""
+    """Write the bundle of ``lowered`` into ``directory``. Raises PlanError for files there that are not ours or were
+    edited.
+    """
     foreign = [] if overwrite else foreign_files(directory)
     if foreign:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
@@ -91,9 +93,12 @@ def _replace(building: Path, directory: Path) -> None:
 def _texts(lowered: Lowered, ranks: Iterable[int] | None) -> dict[str, str]:
     """All text files by name."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("meshwright.codegen"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.PackageLoader("meshwright.codegen"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
-    )  # fmt: skip
+    )
     edges = edge_names(lowered)
     manifest = manifest_of(lowered, edges)
     files: dict[str, str] = {}

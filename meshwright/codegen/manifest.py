@@ -121,7 +121,9 @@ def _common(placed: list[Placed]) -> dict[str, Held]:
 
 
 def _explained(lowered: Lowered, stage: Stage) -> list[dict[str, Any]]:
-    """The conversions of a stage, one row each: where, what, bytes on the wire forward and backward at the example's size."""
+    """The conversions of a stage, one row each: where, what, bytes on the wire forward and backward at the example's
+    size.
+    """
     axes = axes_of(lowered)
     rows = []
     functions: list[tuple[str, int, Function]] = [("", 1, stage.function)]
@@ -140,7 +142,7 @@ def _explained(lowered: Lowered, stage: Stage) -> list[dict[str, Any]]:
             if converted is None:
                 continue
             axis = converted[0]
-            source: Value = function.values[node.args[0]]  # type: ignore[index]
+            source: Value = function.values[node.args[0]]
             target = function.values[node]
             origin = function.origins.get(node)
             rows.append(

@@ -22,7 +22,9 @@ def _size_text(value: Value, dim: int, size: Size) -> str:
 
 
 def types_text(value: Value, axes: Mapping[str, int], before: Value | None = None) -> str:
-    """``tp I · dp P``: the types on axes larger than 1 that say something, both sides where ``before`` was converted."""
+    """``tp I · dp P``: the types on axes larger than 1 that say something, both sides where ``before`` was
+    converted.
+    """
     parts = []
     for axis in [*(a for a in axes if a not in BATCH_AXES), *(a for a in axes if a in BATCH_AXES)]:
         if axes[axis] == 1:

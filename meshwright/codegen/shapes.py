@@ -1,4 +1,6 @@
-"""Views without sizes: merging and splitting neighbours with flatten and unflatten, so that the code fits every piece."""
+"""Views without sizes: merging and splitting neighbours with flatten and unflatten, so that the code fits every
+piece.
+"""
 
 from collections.abc import Callable
 
@@ -12,7 +14,9 @@ IsSplit = Callable[[Value, int], bool]
 
 
 def spell_view(x: Text, source: Value, target: Value, is_split: IsSplit, size: Callable[[Size], str]) -> Text:
-    """Code for ``x`` of shape ``source`` seen as ``target``. Raises InternalError where no view without sizes exists."""
+    """Code for ``x`` of shape ``source`` seen as ``target``. Raises InternalError where no view without sizes
+    exists.
+    """
     code = x.at(20)
     factors = of_view(source.shape, target.shape)
     if _product(factors) != _product_of(source.shape):

@@ -1,4 +1,6 @@
-"""How operators are written: a table from aten to the public spelling of torch, and a fallback by the operator's schema."""
+"""How operators are written: a table from aten to the public spelling of torch, and a fallback by the operator's
+schema.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of code with the binding strength of its outermost operator (Python's order; 20: never needs parentheses)."""
+    """A piece of code with the binding strength of its outermost operator (Python's order; 20: never needs
+    parentheses).
+    """
 
     code: str
     strength: int = 20
@@ -74,7 +78,8 @@ def _infix(symbol: str, strength: int, commutes: bool = True) -> Spelling:
         left, right = (a if isinstance(a, Text) else Text(plain(a)) for a in use.args[:2])
         if use.kwargs.get("alpha", 1) != 1:
             return Text(
-                f"torch.{use.target._schema.name.split('::')[1]}({left.code}, {right.code}, alpha={use.kwargs['alpha']})"
+                f"torch.{use.target._schema.name.split('::')[1]}({left.code}, {right.code}, "
+                f"alpha={use.kwargs['alpha']})"
             )
         return Text(f"{left.at(strength)} {symbol} {right.at(strength if commutes else strength + 1)}", strength)
 
@@ -165,7 +170,7 @@ def _cat(use: Use) -> Text:
 
 
 def _slice(use: Use) -> Text:
-    x, dim, start, stop, step = (*use.args, *(0, None, 2**63 - 1, 1)[len(use.args) - 1 :])
+    x, dim, start, stop, step = (*use.args, *(0, None, 2**63 - 1, 1)[len(use.args) - 1 :])  # type: ignore[misc]
     ndim = len(use.operands[0].shape)
     dim %= ndim
     stop_code = "" if stop is None or (isinstance(stop, int) and stop >= 2**62) else plain(stop)
@@ -182,7 +187,7 @@ def _select(use: Use) -> Text:
 
 
 def _chunk(use: Use) -> Text:
-    x, size, dim = (*use.args, *(0,)[len(use.args) - 2 :])
+    x, size, dim = (*use.args, *(0,)[len(use.args) - 2 :])  # type: ignore[misc]
     whole = use.operands[0].shape[dim]
     count = -(-int(whole) // int(size)) if isinstance(whole, int) else None
     if count is not None and isinstance(size, int) and int(whole) % size == 0:
@@ -229,7 +234,7 @@ def _permute(use: Use) -> Text:
 
 
 def _pad(use: Use) -> Text:
-    x, amounts, mode, value = (*use.args, *("constant", None)[len(use.args) - 2 :])
+    x, amounts, mode, value = (*use.args, *("constant", None)[len(use.args) - 2 :])  # type: ignore[misc]
     assert use.result is not None
     if isinstance(value, float) and not use.result.dtype.is_floating_point:
         value = int(value)

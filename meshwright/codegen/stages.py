@@ -95,7 +95,7 @@ class _StageWriter:
         self.bodies.append(body)
         return ClassView(
             name=identifier(block.name),
-            docstring=_wrapped(_paths(self.instances[block.name]), 104),
+            docstring=_wrapped(_paths(self.instances[block.name]), 104, "    "),
             init=tuple(self._declared(function, attributes, f"{first}.")),
             arguments=", ".join(("self", *body.arguments)),
             inputs=self._inputs_comment(function, names),
@@ -154,7 +154,7 @@ class _StageWriter:
             self.bodies.append(prepare)
         return ClassView(
             name="Stage",
-            docstring=_wrapped(self._contents(), 104),
+            docstring=_wrapped(self._contents(), 104, "    "),
             init=tuple(init),
             arguments=", ".join(("self", *body.arguments)),
             inputs="",
@@ -264,9 +264,13 @@ class _StageWriter:
         )
 
 
-def _wrapped(text: str, width: int = 116) -> str:
+def _wrapped(text: str, width: int = 116, indent: str = "") -> str:
     """Text in lines, as it may stand in a docstring."""
-    return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)).replace("\\", "/").replace('"', "'")
+    return (
+        f"\n{indent}".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False))
+        .replace("\\", "/")
+        .replace('"', "'")
+    )
 
 
 def _shared(parameters: Sequence[Placed]) -> dict[str, Held]:

@@ -1,4 +1,6 @@
-"""From a function's graph to the lines of a forward: what goes on one line, what it is called, what stands beside it."""
+"""From a function's graph to the lines of a forward: what goes on one line, what it is called, what stands
+beside it.
+"""
 
 import builtins
 import keyword
@@ -21,7 +23,7 @@ from meshwright.compiler.errors import InternalError
 from meshwright.compiler.graph import Function, Value, is_multiple
 from meshwright.compiler.names import Origin
 from meshwright.passes.reshard import conversion_of
-from meshwright.passes.rows import operands
+from meshwright.passes.rows import PIECE, operands
 
 aten = torch.ops.aten
 LINE = 120
@@ -56,7 +58,8 @@ class Body:
 class Writer:
     """Writes one function.
 
-    names: what placeholders are called. attributes: parameter or buffer -> attribute of self. axes: sizes by axis, "mb" too.
+    names: what placeholders are called. attributes: parameter or buffer -> attribute of self. axes: sizes by axis,
+    "mb" too.
     """
 
     function: Function
@@ -68,7 +71,7 @@ class Writer:
     called: dict[fx.Node, str] = field(default_factory=dict)
     pending: dict[fx.Node, Text] = field(default_factory=dict)
     folded: set[fx.Node] = field(default_factory=set)
-    last_use: dict[fx.Node, int] = field(default_factory=dict)
+    last_use: dict[fx.Node, float] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     runtime: set[str] = field(default_factory=set)
     symbols: set[str] = field(default_factory=set)
@@ -118,7 +121,8 @@ class Writer:
             takes_parameter = any(n.op == "get_attr" for n in operands(user)) and user.target not in FOLDED_VIEWS
             return not takes_parameter
         origin = self.function.origins.get(node)
-        named = origin is None or (origin.is_name_of_statement and not self._same_statement(node, user))
+        same = self._same_statement(node, user) and PIECE not in node.meta
+        named = origin is None or (origin.is_name_of_statement and not same)
         return not named and _is_light(node)
 
     def _is_bias(self, node: fx.Node, user: fx.Node) -> bool:
@@ -150,7 +154,7 @@ class Writer:
 
     # Lines
 
-    def _line(self, node: fx.Node, position: int) -> None:
+    def _line(self, node: fx.Node, position: float) -> None:
         if node in self.modules:
             self._call_line(node, position)
             return
@@ -176,7 +180,7 @@ class Writer:
         name = self._take(node, position)
         self._emit(f"{name} = {code}", node)
 
-    def _fitted(self, node: fx.Node, position: int) -> str:
+    def _fitted(self, node: fx.Node, position: float) -> str:
         """The code of a line; what is too much for it gets lines of its own first."""
         while True:
             code = self._spelled(node).code
@@ -190,7 +194,8 @@ class Writer:
             self.last_use[longest] = position
             for operand in operands(longest):
                 self.last_use[operand] = max(self.last_use.get(operand, -1), position)
-            self._line(longest, position)
+            # Before the line: what the line itself still reads keeps its names.
+            self._line(longest, position - 0.5)
 
     def _inside(self, node: fx.Node) -> list[fx.Node]:
         """The folded values directly on a node's line."""
@@ -213,7 +218,7 @@ class Writer:
         else:
             self.lines.append(Line(code=text, margin=""))
 
-    def _call_line(self, node: fx.Node, position: int) -> None:
+    def _call_line(self, node: fx.Node, position: float) -> None:
         call = self.modules[node]
         if call.skip:
             return
@@ -242,7 +247,7 @@ class Writer:
     def _was_blank(self) -> bool:
         return bool(self.lines) and self.lines[-1].blank
 
-    def _take_results(self, node: fx.Node, position: int) -> str:
+    def _take_results(self, node: fx.Node, position: float) -> str:
         if node in self.function.values:
             return self._take(node, position)
         return ", ".join(self._take(u, position) for u in sorted(node.users, key=lambda u: int(u.args[1])))  # type: ignore[arg-type]
@@ -298,8 +303,10 @@ class Writer:
     def _rebind(self, node: fx.Node, name: str) -> None:
         self._bind(node, name)
 
-    def _take(self, node: fx.Node, position: int) -> str:
-        """The name that ``node`` is bound to at ``position``; a value that still lives keeps its alias, or keeps the name."""
+    def _take(self, node: fx.Node, position: float) -> str:
+        """The name that ``node`` is bound to at ``position``; a value that still lives keeps its alias, or keeps the
+        name.
+        """
         name = self._preferred(node)
         if not self._free(name, position):
             number = 2
@@ -309,7 +316,7 @@ class Writer:
         self._bind(node, name)
         return name
 
-    def _free(self, name: str, position: int, but: fx.Node | None = None) -> bool:
+    def _free(self, name: str, position: float, but: fx.Node | None = None) -> bool:
         old = self.bound.get(name)
         if old is None or old is but or self.called.get(old) != name or self.last_use[old] <= position:
             return True
@@ -378,7 +385,8 @@ class Writer:
 
     def _use(self, node: fx.Node) -> Use:
         args, kwargs = map_aggregate(
-            (node.args, dict(node.kwargs)), lambda a: self._text(a) if isinstance(a, fx.Node) else a
+            (node.args, dict(node.kwargs)),
+            lambda a: self._text(a) if isinstance(a, fx.Node) else a,  # type: ignore[arg-type, return-value]
         )
         return Use(
             target=node.target,
@@ -440,7 +448,8 @@ def _is_light(node: fx.Node) -> bool:
 class Call:
     """How an instance of a block is called: by its own attribute, or as part of a loop over ``count`` instances.
 
-    carried: the argument that each instance hands to the next; last: the last node of the loop. skip: written by the loop.
+    carried: the argument that each instance hands to the next; last: the last node of the loop. skip: written by the
+    loop.
     """
 
     last: fx.Node

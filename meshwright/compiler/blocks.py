@@ -1,6 +1,7 @@
 """Blocks: the repeated structure of a model, found by module paths and compared node by node.
 
-Afterwards the main function calls each instance as one node, and all work on the inside is done once per distinct block.
+Afterwards the main function calls each instance as one node, and all work on the inside is done once per distinct
+block.
 """
 
 import operator
@@ -44,7 +45,8 @@ class _Instance:
 def find_blocks(capture: Capture, plan: Plan, parted: frozenset[str] = frozenset()) -> Blocks:
     """Find the outermost repeated modules of ``capture``.
 
-    Instances whose parameters are pinned differently by ``plan`` are different blocks. ``parted`` names modules that must
+    Instances whose parameters are pinned differently by ``plan`` are different blocks. ``parted`` names modules that
+    must
     not become blocks because a stage begins inside them.
     """
     function = capture.function

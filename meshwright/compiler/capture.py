@@ -52,7 +52,8 @@ def capture(
 ) -> Capture:
     """Capture ``model`` for training on batches like ``example_inputs`` (the global batch of one step).
 
-    Sizes of the batch and of the sequence become symbols B and T where the model allows it; ``Capture.fixed`` says which
+    Sizes of the batch and of the sequence become symbols B and T where the model allows it; ``Capture.fixed`` says
+    which
     did not and why. ``segment`` cuts unevenly fused projections into one matmul per part.
     Raises PlanError for inputs or a loss that do not fit, UnsupportedError for what cannot be captured.
     """
@@ -227,7 +228,8 @@ def _check_loss(graph: fx.Graph) -> None:
     loss = results[0].meta.get("val") if results and isinstance(results[0], fx.Node) else None
     if len(results) != 1 or not isinstance(loss, torch.Tensor):
         raise PlanError(
-            "the model returns no loss: model(**batch) has to be the loss or have .loss (are the labels in the batch?)\n"
+            "the model returns no loss: model(**batch) has to be the loss or have .loss (are the labels "
+            "in the batch?)\n"
             "  or give loss_fn=lambda model, batch: ..."
         )
     if loss.ndim != 0 or not loss.is_floating_point():

@@ -11,7 +11,9 @@ from meshwright.compiler.plan import Plan
 
 
 def check_request(capture: Capture, mesh: Mesh, plan: Plan) -> None:
-    """Raises PlanError for a batch that dp times microbatches does not divide, and for names that the model does not have."""
+    """Raises PlanError for a batch that dp times microbatches does not divide, and for names that the model does not
+    have.
+    """
     microbatches = plan.num_microbatches(mesh.size("pp"))
     pieces = mesh.size("dp") * microbatches
     for leaf in capture.inputs:

@@ -15,9 +15,11 @@ from meshwright.compiler.plan import Plan
 def example_of(
     model: nn.Module, given: Mapping[str, Any] | Sequence[Any] | None, mesh: Mesh, plan: Plan
 ) -> Mapping[str, Any] | Sequence[Any]:
-    """``given``, or the model's ``example_input_array`` (Lightning) or ``dummy_inputs`` (Transformers) as a global batch.
+    """``given``, or the model's ``example_input_array`` (Lightning) or ``dummy_inputs`` (Transformers) as a global
+    batch.
 
-    The model's own inputs are repeated to a batch that dp and the microbatches divide; labels are added where forward takes
+    The model's own inputs are repeated to a batch that dp and the microbatches divide; labels are added where forward
+    takes
     them. Raises PlanError when there are none.
     """
     if isinstance(given, torch.Tensor):

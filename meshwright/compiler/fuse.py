@@ -69,7 +69,7 @@ def _addmm(node: fx.Node) -> fx.Node | None:
 def _cross_entropy(node: fx.Node) -> fx.Node | None:
     """The mean over valid labels as a sum over a count: both are partial where the tokens are split."""
     defaults = (None, None, None, 1, -100, 0.0)
-    logits, labels, weight, reduction, ignore_index, smoothing = (*node.args, *defaults[len(node.args) :])
+    logits, labels, weight, reduction, ignore_index, smoothing = (*node.args, *defaults[len(node.args) :])  # type: ignore[misc]
     if labels.meta["val"].is_floating_point() or weight is not None or smoothing or reduction == 0:  # type: ignore[union-attr]
         raise UnsupportedError(
             f"cross entropy {place(node)} with soft labels, class weights, label smoothing or reduction='none' is not "
@@ -131,7 +131,7 @@ def _cut_projection(node: fx.Node, attributes: Mapping[fx.Node, str], segments: 
         part = node
         for step in (node, *chain):
             if step.target is aten.view.default:
-                sizes = [*step.args[1][:-2], stop - start, width]  # type: ignore[index]
+                sizes = [*step.args[1][:-2], stop - start, width]  # type: ignore[index, misc]
                 part = insert(aten.view.default, (part, sizes), like=user)
             else:
                 matrix: fx.Node = step.args[1]  # type: ignore[assignment]
@@ -148,12 +148,12 @@ def _cuts(node: fx.Node, dim: int) -> list[tuple[int, int, fx.Node]] | None:
     size = shape_of(node.meta["val"])[dim]
     cuts = []
     for user in node.users:
-        if user.target is not aten.slice.Tensor or user.args[1] % node.meta["val"].ndim != dim or len(user.args) > 4:  # type: ignore[operator]
+        if user.target is not aten.slice.Tensor or user.args[1] % node.meta["val"].ndim != dim or len(user.args) > 4:
             return None
         start, stop = (user.args[2] or 0), user.args[3]
         start = start + size if start < 0 else start  # type: ignore[operator]
         stop = min(stop + size if stop < 0 else stop, size)  # type: ignore[operator]
-        cuts.append((int(start), int(stop), user))
+        cuts.append((int(start), int(stop), user))  # type: ignore[arg-type]
     cuts.sort(key=lambda cut: cut[0])
     edges = [0, *(stop for _, stop, _ in cuts)]
     complete = all(start == edge for (start, _, _), edge in zip(cuts, edges, strict=False)) and edges[-1] == size
@@ -165,7 +165,7 @@ def _segment(matrix: fx.Node, name: str, start: int, length: int, segments: dict
     key = f"{name}[{start}:{start + length}]"
     for node in matrix.graph.nodes:
         if node.op == "get_attr" and node.target == key:
-            return node
+            return node  # type: ignore[no-any-return]
     segments[key] = (name, Segment(0, start, length))
     with matrix.graph.inserting_after(matrix):
         node = matrix.graph.create_node("get_attr", key)

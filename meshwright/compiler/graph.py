@@ -76,7 +76,7 @@ class Function:
 
     def results(self) -> tuple[fx.Node, ...]:
         (output,) = (node for node in self.graph.nodes if node.op == "output")
-        return tuple(output.args[0])  # type: ignore[arg-type]
+        return tuple(output.args[0])
 
     def attributes(self) -> tuple[str, ...]:
         """The parameters and buffers that are used, in order of first use."""

@@ -22,7 +22,7 @@ class _Recorder(TorchDispatchMode):
     """Notes which tensor is filled how; operators on the meta device compute nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fills: dict[int, tuple[str, tuple[float, ...]]] = {}
         self.copies: dict[int, torch.Tensor] = {}
 
@@ -41,7 +41,8 @@ class _Recorder(TorchDispatchMode):
 def initial_values(model: nn.Module) -> tuple[dict[str, tuple[str, tuple[float, ...]]], dict[str, torch.Tensor]]:
     """How each meta parameter is filled, and the values of meta buffers that initialization computes.
 
-    Runs the modules' ``reset_parameters`` and, for a Transformers model, its ``_init_weights`` on meta tensors. Both maps
+    Runs the modules' ``reset_parameters`` and, for a Transformers model, its ``_init_weights`` on meta tensors. Both
+    maps
     are empty for a model with real parameters.
     """
     named = [*model.named_parameters(), *model.named_buffers()]

@@ -1,4 +1,5 @@
-"""Causal masks proven causal: the element of a mask, followed back to where it comes from, as an expression of its indices.
+"""Causal masks proven causal: the element of a mask, followed back to where it comes from, as an expression of its
+indices.
 
 Transformers builds a mask of (B, 1, T, T) from dozens of operators under export, where eager code passes
 ``is_causal=True``. If the element at (..., query, key) is provably ``key <= query``, the flag does the same for free.
@@ -101,7 +102,7 @@ def _filled(value: int | None) -> "_Rule":
 
 def _unsqueeze(follow: _Follower, node: fx.Node, at: Indices) -> Element:
     dim = node.args[1] % len(at)  # type: ignore[operator]
-    return follow.element(node.args[0], (*at[:dim], *at[dim + 1 :]))
+    return follow.element(node.args[0], (*at[:dim], *at[dim + 1 :]))  # type: ignore[index, operator]
 
 
 def _same_but_ones(follow: _Follower, node: fx.Node, at: Indices) -> Element:
@@ -115,7 +116,7 @@ def _same_but_ones(follow: _Follower, node: fx.Node, at: Indices) -> Element:
 
 
 def _slice(follow: _Follower, node: fx.Node, at: Indices) -> Element:
-    dim, start, _, step = (*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1 :])
+    dim, start, _, step = (*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1 :])  # type: ignore[misc]
     if not isinstance(start, (int, type(None))) or (start or 0) < 0 or step != 1:
         raise _UnknownElement("a slice from the end")
     moved = list(at)
@@ -134,22 +135,22 @@ def _two(combine: Callable[[Any, Any], Any]) -> "_Rule":
     def rule(follow: _Follower, node: fx.Node, at: Indices) -> Element:
         if node.kwargs.get("alpha", 1) != 1:
             raise _UnknownElement("alpha")
-        return combine(*(follow.broadcast(argument, at) for argument in node.args[:2]))  # type: ignore[no-any-return]
+        return combine(*(follow.broadcast(argument, at) for argument in node.args[:2]))
 
     return rule
 
 
 def _diff(follow: _Follower, node: fx.Node, at: Indices) -> Element:
     """Differences of neighbours with one value put in front, where all of them are the same number."""
-    source, order, dim, front, *rest = (*node.args, *(1, -1, None, None)[len(node.args) - 1 :])
-    dim %= len(at)
-    if order != 1 or rest != [None] or not isinstance(front, fx.Node) or shape_of(front.meta["val"])[dim] != 1:
+    source, order, dim, front, *rest = (*node.args, *(1, -1, None, None)[len(node.args) - 1 :])  # type: ignore[misc]
+    dim %= len(at)  # type: ignore[operator]
+    if order != 1 or rest != [None] or not isinstance(front, fx.Node) or shape_of(front.meta["val"])[dim] != 1:  # type: ignore[index]
         raise _UnknownElement("diff of another form")
 
     def moved(index: Any) -> Indices:
-        return (*at[:dim], sympy.sympify(index), *at[dim + 1 :])
+        return (*at[:dim], sympy.sympify(index), *at[dim + 1 :])  # type: ignore[index, operator]
 
-    inside = sympy.simplify(follow.element(source, at) - follow.element(source, moved(at[dim] - 1)))
+    inside = sympy.simplify(follow.element(source, at) - follow.element(source, moved(at[dim] - 1)))  # type: ignore[index]
     first = sympy.simplify(follow.element(source, moved(0)) - follow.element(front, moved(0)))
     if not inside.is_number or inside != first:
         raise _UnknownElement("differences that are not all the same")

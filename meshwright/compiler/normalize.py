@@ -1,6 +1,7 @@
 """Normalization: one spelling for each meaning, and nothing that computes nothing.
 
-A table of rewrites, each a small function that looks at one node and returns what it is replaced by, or None. The graph is
+A table of rewrites, each a small function that looks at one node and returns what it is replaced by, or None. The
+graph is
 still torch.export's own here, with fake tensors in ``node.meta["val"]``.
 """
 
@@ -31,7 +32,8 @@ def normalize(
     """Rewrite the graph of ``module`` in place.
 
     constants: placeholders of tensors that the model's code made, with their values. attributes: placeholders of
-    parameters and buffers with their names. segments: filled with the parts of unevenly fused parameters, which are then
+    parameters and buffers with their names. segments: filled with the parts of unevenly fused parameters, which are
+    then
     read one by one; None leaves them whole.
     Raises UnsupportedError for dropout, and for in-place operations whose old value is still read.
     """
@@ -80,7 +82,8 @@ def _inline_submodules(module: fx.GraphModule) -> None:
         skip = 1 if name == "wrap_with_set_grad_enabled" else 4
         if name == "wrap_with_autocast" and node.args[2]:
             raise UnsupportedError(
-                f"autocast inside the model {place(node)} is not supported yet\n  train in the model's own dtypes instead"
+                f"autocast inside the model {place(node)} is not supported yet\n  train in the model's own "
+                f"dtypes instead"
             )
         body: fx.GraphModule = getattr(module, str(node.args[skip].target))
         cut = name == "wrap_with_set_grad_enabled" and not node.args[0]
@@ -96,7 +99,7 @@ def _inline_submodules(module: fx.GraphModule) -> None:
                 elif inner.op == "output":
                     results = inner.args[0]
                 else:
-                    environment[inner] = graph.node_copy(inner, lambda n: environment[n])
+                    environment[inner] = graph.node_copy(inner, environment.__getitem__)
         if isinstance(results, fx.Node):
             node.replace_all_uses_with(environment[results])
         else:
@@ -126,7 +129,7 @@ def _functionalize(node: fx.Node) -> None:
             f"{name} {place(node)} changes a value in place that is read again later"
             f"{f' (by {late[0].name})' if late else ''}\n  write it without the trailing underscore"
         )
-    node.target = pure  # type: ignore[assignment]
+    node.target = pure
 
 
 def _sharing(node: fx.Node) -> list[fx.Node]:
@@ -226,7 +229,7 @@ def _drop_empty_parts(node: fx.Node) -> fx.Node | None:
 def _index(node: fx.Node, constants: Mapping[fx.Node, torch.Tensor]) -> fx.Node | None:
     """Indexing that only picks one place, or everything in order, as the slice or view that it is."""
     source, indices = _input(node), node.args[1]
-    used = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type,var-annotated]
+    used = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
     if len(used) == 1 and used[0][1] in constants and constants[used[0][1]].shape == (1,):
         dim, index = used[0]
         size = source.meta["val"].shape[dim]

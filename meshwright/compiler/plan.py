@@ -17,7 +17,8 @@ SCHEDULES = ("gpipe", "1f1b")
 class Plan:
     """The choices of a compilation. Raises PlanError for a value that does not exist, UnsupportedError for one to come.
 
-    zero: 0 keeps everything whole on every dp rank; 1 splits the optimizer state; 2 the gradients too; 3 the parameters too.
+    zero: 0 keeps everything whole on every dp rank; 1 splits the optimizer state; 2 the gradients too; 3 the
+    parameters too.
     microbatches: pieces that a step's batch is cut into in time; None: 1 without pipeline, else the number of stages.
     schedule: order of forwards and backwards over the pipeline: "gpipe" or "1f1b".
     split: names of the modules where the 2nd, 3rd, ... stage begins; None: balanced by modelled time.

@@ -20,7 +20,7 @@ class _Float64(TorchFunctionMode):
         args, kwargs = tree_map_only(
             torch.dtype, lambda dtype: torch.float64 if dtype in _NARROW else dtype, (args, kwargs or {})
         )
-        return _CASTS.get(func, func)(*args, **kwargs)
+        return _CASTS.get(func, func)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

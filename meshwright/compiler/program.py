@@ -1,4 +1,6 @@
-"""The whole parallel program, as codegen writes it: what each distinct stage computes, what each rank holds and sends."""
+"""The whole parallel program, as codegen writes it: what each distinct stage computes, what each rank holds and
+sends.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ from meshwright.runtime.actions import Action
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """A parameter (or one segment of it) as the ranks hold it: a type at rest and in use per axis, the stages that use it."""
+    """A parameter (or one segment of it) as the ranks hold it: a type at rest and in use per axis, the stages that
+    use it.
+    """
 
     parameter: Parameter
     held: Mapping[str, Held]
@@ -34,7 +38,8 @@ class Edge:
 class Stage:
     """What the ranks of one pipeline stage run.
 
-    function: placeholders are batch inputs, received edges and prepared values by name; its results are what it sends, in
+    function: placeholders are batch inputs, received edges and prepared values by name; its results are what it
+    sends, in
         the order of ``sends``, or the loss on the last stage.
     prepare: None, or the function run once per step on the replica's whole batch, with results named ``prepares``.
     schedule: the actions of a step, peers as stages.

@@ -21,7 +21,9 @@ def function_of(
     trainable: Mapping[str, bool],
     segments: Mapping[str, tuple[str, Segment]],
 ) -> Function:
-    """Copy a normalized graph with symbols renamed; sizes become arguments instead of nodes; what is unused is left out."""
+    """Copy a normalized graph with symbols renamed; sizes become arguments instead of nodes; what is unused is left
+    out.
+    """
     result = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     values: dict[fx.Node, Value] = {}

@@ -1,6 +1,7 @@
 """What computation and communication cost: a roofline for operators, latency and bandwidth for collectives.
 
-Times in seconds of one accelerator of the current generation; only their ratios matter. A toy model is priced at the size
+Times in seconds of one accelerator of the current generation; only their ratios matter. A toy model is priced at the
+size
 of its big sisters (features up to 8192, 4096 tokens), so that it gets the same plan.
 """
 
@@ -118,7 +119,9 @@ def conversion_time(prices: Prices, value: Value, source: Type, target: Type, pi
 
 
 def holding_time(prices: Prices, value: Value, split: bool, pending: bool, pieces: int) -> float:
-    """What a parameter costs per step: its update's traffic, and its gradient's reduction where that is pending (in buckets)."""
+    """What a parameter costs per step: its update's traffic, and its gradient's reduction where that is pending (in
+    buckets).
+    """
     elements = math.prod(prices.size(size) for size in value.shape)
     time = UPDATE_BYTES * elements / MEMORY_BANDWIDTH / (pieces if split else 1)
     return time + (2 * elements * BYTES / LINK_BANDWIDTH if pending else 0.0)

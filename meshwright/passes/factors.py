@@ -1,12 +1,14 @@
 """What an operator does to the dimensions of its operands, as factors; and the notation that rules are written in.
 
-A factor is a run of indices that operands and results share: where one tensor is split along it, all are. In a rule each
+A factor is a run of indices that operands and results share: where one tensor is split along it, all are. In a rule
+each
 letter is a factor::
 
     ... i, o i -> ... o       "..." stands for leading dims; i is missing in the result, so it is summed over
     ... d!, d!? -> ... d!     "!" must stay whole; "?" the operand may be absent
 
-A factor can be a part of a dim, as after a reshape: ``outer`` is then the product of the sizes before it in that dim, and
+A factor can be a part of a dim, as after a reshape: ``outer`` is then the product of the sizes before it in that dim,
+and
 splitting the factor is the type ``S(dim/outer)``.
 """
 
@@ -37,7 +39,8 @@ class Place:
 class Factor:
     """One factor with its places in every operand and every result (None: it is not there).
 
-    whole: it must not be split. mean: it is averaged over, not summed. pieces: computing with a piece of it takes lines of
+    whole: it must not be split. mean: it is averaged over, not summed. pieces: computing with a piece of it takes
+    lines of
     its own, by this name (see ``meshwright.passes.pieces``). invariant: those lines end with the whole result.
     """
 
@@ -134,7 +137,9 @@ def _operand(text: str, part: str) -> Operand:
 
 
 def instantiate(rule: Rule, operands: tuple[Shape | None, ...], results: tuple[Shape, ...]) -> Factors:
-    """The factors of one call. ``operands``: the shapes, None where an operand is absent. Raises PlanError if they do not fit."""
+    """The factors of one call. ``operands``: the shapes, None where an operand is absent. Raises PlanError if they do
+    not fit.
+    """
     left, right = parse(rule.text)
     present = [(spec, shape) for spec, shape in zip(left, operands, strict=False) if shape is not None]
     missing = [spec for spec, shape in zip(left, operands, strict=False) if shape is None and not spec.optional]
@@ -154,7 +159,7 @@ def instantiate(rule: Rule, operands: tuple[Shape | None, ...], results: tuple[S
             here[name] = Place(dim)
         whole |= {letter.name for letter in spec.letters if letter.whole}
         places.append(here)
-    for here, (spec, shape) in zip(places, [*present, *zip(right, results, strict=True)], strict=True):
+    for here, (_, shape) in zip(places, [*present, *zip(right, results, strict=True)], strict=True):
         for name in [n for n, place in here.items() if shape[place.dim] == 1 and sizes[n] != 1]:
             del here[name]
         for name, place in here.items():
@@ -201,7 +206,9 @@ def quotient(size: Size, divisor: Size) -> Size | None:
 
 
 def of_view(source: Shape, target: Shape) -> tuple[Factor, ...]:
-    """The factors of a reshape: the common refinement of both shapes; where there is none, a factor that stays whole."""
+    """The factors of a reshape: the common refinement of both shapes; where there is none, a factor that stays
+    whole.
+    """
     factors: list[Factor] = []
     i = j = 0
     left: Size = source[0] if source else 1
@@ -225,6 +232,6 @@ def of_view(source: Shape, target: Shape) -> tuple[Factor, ...]:
             Factor(size=size, operands=(Place(i, outer_left),), results=(Place(j, outer_right),), whole=False)
         )
         outer_left, outer_right = outer_left * size, outer_right * size
-        left = inner_left if inner_right is None else 1  # type: ignore[assignment]
+        left = inner_left if inner_right is None else 1
         right = inner_right if inner_right is not None else 1
     return tuple(factors)

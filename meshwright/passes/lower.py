@@ -133,7 +133,7 @@ class _Cutter:
             for used in node.all_input_nodes:
                 visit(used)
             if node.target is all_reduce and node.args[1] == MICROBATCH_AXIS:
-                copies[node] = copies[node.args[0]]  # the whole batch at once: there is nothing to add up
+                copies[node] = copies[node.all_input_nodes[0]]  # the whole batch at once: there is nothing to add up  # type: ignore[index]
             else:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
 
@@ -144,7 +144,9 @@ class _Cutter:
 
 
 def _is_prepared(main: Function, node: fx.Node) -> bool:
-    """Whether a node is the last of the conversions that sum a value of the inputs alone over replicas or microbatches."""
+    """Whether a node is the last of the conversions that sum a value of the inputs alone over replicas or
+    microbatches.
+    """
     if node.target is not all_reduce or node.args[1] not in ("dp", MICROBATCH_AXIS):
         return False
     value = main.values[node]
@@ -217,14 +219,17 @@ def _use(users: dict[str, tuple[Value, dict[int, None]]], name: str, value: Valu
 
 
 def _held(axis: str, value: Value, name: str, plan: Plan) -> Held:
-    """From the type in use to the type at rest: what is used as R has its gradient pending, or is gathered under ZeRO-3."""
+    """From the type in use to the type at rest: what is used as R has its gradient pending, or is gathered under
+    ZeRO-3.
+    """
     use: Type = value.types.get(axis, I)
     if axis == "dp" and value.grad:
         pin = plan.pinned((name,), "dp")
         rest = pin[1] if pin else S(0) if plan.zero == 3 and value.shape else I
         if rest not in (I, S(0)):
             raise PlanError(
-                f"the pin {pin[0] if pin else ''!r} wants dp={rest} for {name!r}: over dp parameters are whole (I) or split as S(0)"
+                f"the pin {pin[0] if pin else ''!r} wants dp={rest} for {name!r}: over dp parameters are "
+                f"whole (I) or split as S(0)"
             )
         return Held(rest, R)
     return Held(I if use == R else use, use)

@@ -23,9 +23,11 @@ class Partition:
 
 
 def partition(blocks: Blocks, num_stages: int, split: tuple[str, ...] | None, prices: Prices) -> Partition:
-    """Cut at ``split`` (the modules where the 2nd, 3rd, ... stage begins), else where the largest modelled time is least.
+    """Cut at ``split`` (the modules where the 2nd, 3rd, ... stage begins), else where the largest modelled time is
+    least.
 
-    The best cut is found by dynamic programming over the boundaries. Raises PlanError for an unknown module and for more
+    The best cut is found by dynamic programming over the boundaries. Raises PlanError for an unknown module and for
+    more
     stages than there are boundaries.
     """
     main = blocks.main
@@ -39,13 +41,15 @@ def partition(blocks: Blocks, num_stages: int, split: tuple[str, ...] | None, pr
         cuts = [_start_of(units, name) for name in split]
         if cuts != sorted(set(cuts)) or 0 in cuts:
             raise PlanError(
-                f"split={list(split)} is not in the order in which the model runs these modules, or leaves a stage empty"
+                f"split={list(split)} is not in the order in which the model runs these modules, or leaves "
+                f"a stage empty"
             )
     else:
         allowed = _boundaries(main, units)
         if len(allowed) < num_stages - 1:
             raise PlanError(
-                f"pp={num_stages} asks for {num_stages} stages, but the model has {len(allowed)} places to cut it\n  use a smaller pp"
+                f"pp={num_stages} asks for {num_stages} stages, but the model has {len(allowed)} places to "
+                f"cut it\n  use a smaller pp"
             )
         cuts = _balance(times, allowed, num_stages)
     edges = [0, *cuts, len(units)]

@@ -1,6 +1,7 @@
 """The lines of operators that need more than themselves to compute with a piece of an operand.
 
-Each takes the builder, the node, its operands (already converted), the axis, and the value with types that it must end with.
+Each takes the builder, the node, its operands (already converted), the axis, and the value with types that it must
+end with.
 """
 
 import operator
@@ -69,13 +70,15 @@ def _embedding(piece: Piece) -> fx.Node:
 
 
 def _cross_entropy(piece: Piece) -> fx.Node:
-    """The sum of log-sum-exp minus the label's logit, with the classes split (Megatron-LM, arXiv 1909.08053, section 3)."""
+    """The sum of log-sum-exp minus the label's logit, with the classes split (Megatron-LM, arXiv 1909.08053, section
+    3).
+    """
     logits, labels = piece.operands
     whole = piece.builder.values[logits]
     length, tokens = whole.shape[1], piece.builder.values[labels]
 
     def on_axis(shape: tuple[Any, ...], type_: Type) -> Value:
-        return replace(whole, shape=shape, types={**whole.types, piece.axis: type_})
+        return replace(whole, shape=shape, types={**whole.types, piece.axis: type_})  # type: ignore[no-any-return]
 
     row = whole.shape[:1]
     log_sum = piece.call(

@@ -29,7 +29,8 @@ def check_rule(
     """Prove ``rule`` for one call of ``operator`` on float64 inputs; returns how many splits were proven.
 
     rule: a Rule, a function of the Call, or None for the rule of a pointwise operator. args: the call's arguments; the
-    sizes of dims to be split are multiples of ``pieces``. Factors that name ``pieces`` lines of their own are left to them.
+    sizes of dims to be split are multiples of ``pieces``. Factors that name ``pieces`` lines of their own are left to
+    them.
     Raises PlanError that names the factor where the pieces do not give the whole.
     """
     kwargs = dict(kwargs or {})
@@ -145,7 +146,10 @@ def _localized(args: Sequence[Any], factor: Factor, whole: list[torch.Tensor], p
     source = factor.operands[0]
     if len(whole) > 1 and place is not None and source is not None and source.outer != 1:
         return [args[0], sizes[place.dim] if args[1] == whole[0].shape[place.dim] else args[1], *args[2:]]
-    return [sizes if isinstance(a, list) and all(isinstance(x, int) for x in a) and a == list(whole[0].shape) else a for a in args]
+    return [
+        sizes if isinstance(a, list) and all(isinstance(x, int) for x in a) and a == list(whole[0].shape) else a
+        for a in args
+    ]
 
 
 def _results(value: Any) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
 """Propagate: a type for every value on every axis, one axis at a time, by cost; the user's pins first.
 
-Each distinct block is solved once, with the types at its boundary fixed: batched values split over dp and mb, everything
+Each distinct block is solved once, with the types at its boundary fixed: batched values split over dp and mb,
+everything
 else invariant, except that the sequence is split over tp where that is permitted.
 """
 
@@ -165,7 +166,8 @@ class _Solver:
             size = shape[type_.dim] if type_.dim < len(shape) else None
             why = f"{size} is not a multiple of {self.axis.size}" if size is not None else f"it has {len(shape)} dims"
             raise PlanError(
-                f"cannot split '{node.target}' as {type_} over {self.axis.name}={self.axis.size}: its shape is {shape} and {why}\n"
+                f"cannot split '{node.target}' as {type_} over {self.axis.name}={self.axis.size}: its "
+                f"shape is {shape} and {why}\n"
                 f"  asked for by the pin {pattern!r}\n"
                 f'  pin it whole, {{"{pattern}": {{"{self.axis.name}": "I"}}}}, or leave the choice to the compiler'
             )
@@ -272,19 +274,22 @@ class _Solver:
     def _infeasible(self) -> Exception:
         if self.axis.in_time:
             return PlanError(
-                "the batch cannot be cut into microbatches without changing the result: the loss mixes samples of the batch\n"
+                "the batch cannot be cut into microbatches without changing the result: the loss mixes "
+                "samples of the batch\n"
                 "  use microbatches=1"
             )
         pins = sorted(f"{pattern!r} ({self.axis.name}={type_})" for pattern, type_ in set(self.pins.values()))
         if pins:
             return PlanError(
-                f"the pins contradict each other on {self.axis.name}: no types of the other values fit {' and '.join(pins)}\n"
+                f"the pins contradict each other on {self.axis.name}: no types of the other values fit "
+                f"{' and '.join(pins)}\n"
                 "  drop one of them"
             )
         if self.axis.features:
             return InternalError(f"no types on {self.axis.name} fit this graph:\n{self.function.graph}")
         return UnsupportedError(
-            f"the batch cannot be split over {self.axis.name}: the loss mixes samples of the batch in a way without a rule"
+            f"the batch cannot be split over {self.axis.name}: the loss mixes samples of the batch in a "
+            f"way without a rule"
         )
 
 

@@ -1,4 +1,6 @@
-"""What may be chosen at each node on one axis: rows of types for its operands and results, from the operator's factors."""
+"""What may be chosen at each node on one axis: rows of types for its operands and results, from the operator's
+factors.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ PIECE = "piece"
 class Row:
     """One way to run a node on an axis: the types of its operands and of its results.
 
-    split: the work of a rank is a piece. pieces: the name of the lines that compute with a piece. mean: the result is the
+    split: the work of a rank is a piece. pieces: the name of the lines that compute with a piece. mean: the result is
+    the
     mean of a piece, to be made a part of the whole mean.
     """
 

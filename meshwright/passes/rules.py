@@ -280,7 +280,7 @@ def _attention(call: Call) -> Factors:
     """b h s! d!, b g t! d!, b g t! e, mask: leading dims and heads are independent; h may be a multiple of g (GQA)."""
     query, key, value, *rest = call.operands
     assert query is not None and key is not None and value is not None
-    ndim, (result,) = len(query.shape), call.results
+    ndim, (_result,) = len(query.shape), call.results
     factors = []
     for dim in range(ndim - 2):
         size = key.shape[dim]

@@ -27,7 +27,8 @@ class Choice:
 class Problem:
     """Rows with their costs for every node in order; ``operands`` and ``results`` give a row's types their values.
 
-    conversion: the cost of a conversion of a value, None where it is not allowed. required: the types that the function's
+    conversion: the cost of a conversion of a value, None where it is not allowed. required: the types that the
+    function's
     results may have.
     """
 
@@ -101,9 +102,9 @@ def solve(problem: Problem) -> Choice | None:
         for type_, column in zip(types, columns, strict=True):
             needs.setdefault((value, type_), []).append([column])
     conversions = _conversions(program, problem, made, needs)
-    for (value, type_), users in needs.items():
+    for (value, type_), users in needs.items():  # type: ignore[assignment]
         sources = made.get(value, {}).get(type_, []) + [c for _, c in conversions.get((value, type_), [])]
-        for columns in users:
+        for columns in users:  # type: ignore[assignment]
             program.constraint(columns, sources, -np.inf, 0)
     answer = program.solve()
     if answer is None:

@@ -47,7 +47,7 @@ def _check(function: Function, sizes: dict[str, int], rules: Rules, where: str) 
         converted = conversion_of(node)
         if converted is not None:
             axis, target = converted
-            before = values[node.args[0]].types.get(axis, I)  # type: ignore[index]
+            before = values[node.args[0]].types.get(axis, I)
             after = values[node].types.get(axis, I)
             if (before.kind, after.kind) not in COLLECTIVES or after.kind not in target:
                 raise InternalError(f"{where}: {node.format_node()} converts {before} to {after} on {axis}")

@@ -32,7 +32,7 @@ class _Conversion(torch.autograd.Function):
 def _convert(x: torch.Tensor, forward: Convert | None, backward: Convert | None) -> torch.Tensor:
     if not x.requires_grad:
         return x if forward is None else forward(x)
-    result: torch.Tensor = _Conversion.apply(x, forward, backward)
+    result: torch.Tensor = _Conversion.apply(x, forward, backward)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -68,7 +68,7 @@ def _joined(parts: torch.Tensor, dim: int, groups: int) -> torch.Tensor:
     """(pieces, *shape) as one tensor with the pieces (of every group) side by side along ``dim``."""
     pieces, *shape = parts.shape
     blocks = parts.unflatten(dim + 1, (groups, shape[dim] // groups))
-    return blocks.movedim(0, dim + 1).flatten(dim, dim + 2)
+    return blocks.movedim(0, dim + 1).flatten(dim, dim + 2)  # type: ignore[no-any-return]
 
 
 def _cut(axis: str, dim: int, groups: int) -> Convert:
@@ -76,7 +76,7 @@ def _cut(axis: str, dim: int, groups: int) -> Convert:
 
     def run(x: torch.Tensor) -> torch.Tensor:
         blocks = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
-        return blocks.select(dim + 1, index).flatten(dim, dim + 1).contiguous()
+        return blocks.select(dim + 1, index).flatten(dim, dim + 1).contiguous()  # type: ignore[no-any-return]
 
     return run
 
@@ -138,7 +138,9 @@ def all_reduce(x: torch.Tensor, axis: str) -> torch.Tensor:
 
 
 def all_gather(x: torch.Tensor, axis: str, *, dim: int, to: str, groups: int = 1) -> torch.Tensor:
-    """S(dim/groups) -> ``to``: the pieces side by side along ``dim``; the backward reduce_scatters ("R") or slices ("I")."""
+    """S(dim/groups) -> ``to``: the pieces side by side along ``dim``; the backward reduce_scatters ("R") or slices
+    ("I").
+    """
     if current().size(axis) == 1:
         return x
     return _convert(
@@ -147,7 +149,9 @@ def all_gather(x: torch.Tensor, axis: str, *, dim: int, to: str, groups: int = 1
 
 
 def reduce_scatter(x: torch.Tensor, axis: str, *, dim: int, groups: int = 1) -> torch.Tensor:
-    """P -> S(dim/groups): this rank's piece of the sum; the backward all_gathers. Raises PlanError for uneven pieces."""
+    """P -> S(dim/groups): this rank's piece of the sum; the backward all_gathers. Raises PlanError for uneven
+    pieces.
+    """
     if current().size(axis) == 1:
         return x
     _check_even(x, axis, dim, groups)
@@ -155,7 +159,9 @@ def reduce_scatter(x: torch.Tensor, axis: str, *, dim: int, groups: int = 1) -> 
 
 
 def shard(x: torch.Tensor, axis: str, *, dim: int, of: str, groups: int = 1) -> torch.Tensor:
-    """``of`` -> S(dim/groups): this rank's piece; the backward all_gathers ("I") or pads with zeros ("R"). Raises PlanError."""
+    """``of`` -> S(dim/groups): this rank's piece; the backward all_gathers ("I") or pads with zeros ("R"). Raises
+    PlanError.
+    """
     if current().size(axis) == 1:
         return x
     _check_even(x, axis, dim, groups)
@@ -177,7 +183,9 @@ def shard_range(length: int, axis: str) -> tuple[int, int]:
 
 
 def part_of_mean(x: torch.Tensor, *axes: str) -> torch.Tensor:
-    """The mean of one of n equal pieces, divided by n: these sum to the mean of the whole. n is the product over ``axes``."""
+    """The mean of one of n equal pieces, divided by n: these sum to the mean of the whole. n is the product over
+    ``axes``.
+    """
     pieces = 1
     for axis in axes:
         pieces *= current().size(axis)
@@ -188,5 +196,6 @@ def _check_even(x: torch.Tensor, axis: str, dim: int, groups: int) -> None:
     pieces = current().size(axis)
     if x.shape[dim] % (groups * pieces):
         raise PlanError(
-            f"cannot cut a dim of {x.shape[dim]} in {pieces} equal pieces over {axis}: pad the batch to a multiple of {groups * pieces}"
+            f"cannot cut a dim of {x.shape[dim]} in {pieces} equal pieces over {axis}: pad the batch to a "
+            f"multiple of {groups * pieces}"
         )

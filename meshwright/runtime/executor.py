@@ -92,7 +92,8 @@ class Executor:
         kind = "forward" if action.kind == "F" else "backward"
         name = f"{self.index}{action.kind}{action.microbatch}"
         return RankError(
-            f"rank {self.groups.rank} failed in {doing}{name} {kind} of stage {self.index}, microbatch {action.microbatch}: "
+            f"rank {self.groups.rank} failed in {doing}{name} {kind} of stage {self.index}, microbatch "
+            f"{action.microbatch}: "
             f"{type(error).__name__}: {error}"
         )
 
@@ -206,7 +207,7 @@ class Executor:
     def _backward(self, microbatch: int, arrived: Mapping[str, torch.Tensor]) -> None:
         live = self.live.pop(microbatch)
         if live.loss is not None:
-            live.loss.backward()  # type: ignore[no-untyped-call]
+            live.loss.backward()
         else:
             totals: dict[str, torch.Tensor] = {}
             for key, tensor in arrived.items():
@@ -222,7 +223,9 @@ class Executor:
 
 
 def symbols_of(inputs: Mapping[str, Any], part: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
-    """The symbolic sizes of a step's global batch from this replica's part. Raises PlanError where inputs contradict."""
+    """The symbolic sizes of a step's global batch from this replica's part. Raises PlanError where inputs
+    contradict.
+    """
     found: dict[str, int] = {}
     for name, entry in inputs.items():
         tensor = part.get(name)

@@ -1,4 +1,6 @@
-"""When one rank fails the others end within seconds: a flag in the store, and a thread on every rank that watches it."""
+"""When one rank fails the others end within seconds: a flag in the store, and a thread on every rank that
+watches it.
+"""
 
 import atexit
 import os
@@ -26,9 +28,11 @@ class Watch:
         atexit.register(self.stop)
 
     def announce(self, reason: str) -> None:
-        """Tell the others that this rank fails."""
+        """Tell the others that this rank fails; where another failed first, and said why, end without a word."""
         self.stopped.set()
         try:
+            if self.store.check([self.key]):
+                os._exit(1)
             self.store.set(self.key, reason)
         except Exception as error:  # the store is gone, and with it the others
             print(f"rank {self.rank} could not announce its failure: {error}", file=sys.stderr)

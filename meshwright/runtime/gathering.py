@@ -86,7 +86,8 @@ def _raise_together(different: list[str], groups: Groups, what: str) -> None:
         raise RankError(
             f"the {what}s of replicas that must agree differ: {', '.join(names[:5])}"
             f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}\n"
-            "  a conversion is missing in a stage file (see the types in its margins), or replicas were fed different data"
+            "  a conversion is missing in a stage file (see the types in its margins), or replicas were "
+            "fed different data"
         )
 
 

@@ -122,7 +122,8 @@ def current() -> Groups:
 def start(sizes: Mapping[str, int], microbatches: int, device: str | torch.device | None) -> Groups:
     """Join the process group (from torchrun's environment unless it exists) and place this process in the mesh.
 
-    The backend follows the device: gloo for the CPU, NCCL for CUDA. Raises PlanError when the number of processes is not
+    The backend follows the device: gloo for the CPU, NCCL for CUDA. Raises PlanError when the number of processes is
+    not
     the mesh's, before any process waits on another.
     """
     needed = num_ranks(sizes)

@@ -22,8 +22,10 @@ Segment = tuple[int, int, int]
 class Held:
     """One declared parameter (or segment) on this rank.
 
-    parameter: the piece in use. piece: where it lies in the whole. pending: axes over which its gradient is to be summed;
-    scattered: whether it rests in pieces over dp (ZeRO-3). stages: all stages that hold it. scope: the module that declared it.
+    parameter: the piece in use. piece: where it lies in the whole. pending: axes over which its gradient is to be
+    summed;
+    scattered: whether it rests in pieces over dp (ZeRO-3). stages: all stages that hold it. scope: the module that
+    declared it.
     """
 
     name: str
@@ -70,7 +72,9 @@ class Param:
         return replace(self, types={**self.types, **types})
 
     def scope(self, path: str) -> "Param":
-        """The same for the parameters below ``path``; what is declared through it is one unit (of gathering, of buckets)."""
+        """The same for the parameters below ``path``; what is declared through it is one unit (of gathering, of
+        buckets).
+        """
         return replace(self, prefix=f"{self.prefix}{path}.", scope_name=f"{self.prefix}{path}")
 
     def __call__(
@@ -96,7 +100,8 @@ class Param:
         if differs:
             axis = sorted(differs)[0]
             raise BundleError(
-                f"{full}: the stage file says {axis}={given.get(axis, 'I')!r}, the manifest {axis}={promised.get(axis, 'I')!r}\n"
+                f"{full}: the stage file says {axis}={given.get(axis, 'I')!r}, the manifest "
+                f"{axis}={promised.get(axis, 'I')!r}\n"
                 "  the types of parameters are fixed at compilation: change them with pins and compile again"
             )
         read = {axis: parse(text) for axis, text in promised.items() if groups.size(axis) > 1}
@@ -144,13 +149,15 @@ class Param:
 class Weights:
     """Where initial values come from: safetensors files, or a seed.
 
-    From a seed every tensor is drawn whole, by its name alone, and cut: the same values on every mesh. How it is drawn is
+    From a seed every tensor is drawn whole, by its name alone, and cut: the same values on every mesh. How it is
+    drawn is
     the manifest's ``init``, read off the model's own initialization; without one it is normal(0, 0.02), ones for the
-    weights of norms, zeros for biases.
+    weights of norms, zeros for biases. complete: every parameter has to be in the files.
     """
 
     directory: Path | None
     seed: int
+    complete: bool = False
     index: dict[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -188,12 +195,12 @@ class Weights:
                     value = found[tuple(slice(*runs[0]) for runs in piece.runs)]
                 else:
                     value = piece.cut(file.get_tensor(name))
-                return value.to(dtype).contiguous().clone()
+                return value.to(dtype).contiguous().clone()  # type: ignore[no-any-return]
         if is_buffer:
             raise BundleError(
                 f"the value of the buffer {name!r} is not in the bundle: emit it from a model with real buffers"
             )
-        if self.directory is not None and self.index:
+        if self.complete:
             raise BundleError(f"{name!r} is not among the weights in {self.directory}")
         return piece.cut(self._draw(name, piece.shape, dtype, init)).clone()
 

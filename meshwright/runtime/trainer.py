@@ -24,8 +24,10 @@ Named = list[tuple[str, nn.Parameter]]
 class Trainer:
     """Trains a bundle on this rank.
 
-    bundle: its directory. optimizer: gets this rank's ``(name, parameter)`` pairs (pieces of them under ZeRO), returns a
-    torch optimizer. weights: None takes the bundle's, a path a checkpoint of safetensors; without either the parameters are
+    bundle: its directory. optimizer: gets this rank's ``(name, parameter)`` pairs (pieces of them under ZeRO),
+    returns a
+    torch optimizer. weights: None takes the bundle's, a path a checkpoint of safetensors; without either the
+    parameters are
     drawn from ``seed``, the same on every mesh. device: None takes CUDA where there is one.
     Raises PlanError for the wrong number of processes, BundleError for files that do not fit.
     """
@@ -53,7 +55,11 @@ class Trainer:
                 self.groups.make(axes, stages)
             self.index, self.actions = actions_of(self.directory, self.manifest, self.rank)
             own = self.directory / "weights"
-            source = Weights(Path(weights) if weights is not None else own if own.exists() else None, seed)
+            source = (
+                Weights(Path(weights), seed, True)
+                if weights is not None
+                else Weights(own if own.exists() else None, seed)
+            )
             self.declared = Declared(manifest=self.manifest, groups=self.groups, source=source)
             self.module: nn.Module = stage_class(self.directory, self.manifest, self.index)(
                 Param(declared=self.declared)
@@ -188,7 +194,9 @@ class Trainer:
     # Looking at everything
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
-        """Whole gradients on every rank by the model's names; raises RankError where replicas that must agree differ."""
+        """Whole gradients on every rank by the model's names; raises RankError where replicas that must agree
+        differ.
+        """
         with self._guarded("gathering gradients"):
             local = {id(h): g for unit in self.units for h, g in zip(unit.held, unit.full_grad(), strict=True)}
             return gathering.gather(self.manifest, self.groups, self.declared.held, local, "gradient")
@@ -231,8 +239,8 @@ class Trainer:
                 dict.fromkeys(by_parameter[id(p)] for p in module.parameters(recurse=False) if id(p) in by_parameter)
             )
             if units:
-                module.register_forward_pre_hook(lambda _m, _a, u=tuple(units): _each(u, "gather"))  # type: ignore[misc]
-                module.register_forward_hook(lambda _m, _a, out, u=tuple(units): _after_forward(u, out))  # type: ignore[misc]
+                module.register_forward_pre_hook(lambda _m, _a, u=tuple(units): _each(u, "gather"))
+                module.register_forward_hook(lambda _m, _a, out, u=tuple(units): _after_forward(u, out))
 
     def _guarded(self, doing: str) -> "_Guard":
         return _Guard(self, doing)

@@ -1,8 +1,10 @@
 """Units of communication: parameters that are reduced, and where ZeRO asks for it kept in pieces, together.
 
 Each unit is one flat tensor, of which the parameters are views, so that every collective is one call without copies.
-Where it is sharded over dp, a rank keeps one contiguous run of the flat tensor (Rajbhandari et al., arXiv 1910.02054; the
-flat layout is that of FSDP, arXiv 2304.11277). An optimizer that works element by element gets the runs of the parameters.
+Where it is sharded over dp, a rank keeps one contiguous run of the flat tensor (Rajbhandari et al., arXiv 1910.02054;
+the
+flat layout is that of FSDP, arXiv 2304.11277). An optimizer that works element by element gets the runs of the
+parameters.
 """
 
 from collections.abc import Sequence
@@ -256,7 +258,9 @@ def _buckets(members: Sequence[Held], dtype: torch.dtype, limit: int) -> list[li
 
 
 def needed_groups(manifest: Any) -> list[tuple[tuple[str, ...], tuple[int, ...] | None]]:
-    """Every set of axes (and stages) that some parameter's gradient is summed over, in an order that all ranks share."""
+    """Every set of axes (and stages) that some parameter's gradient is summed over, in an order that all ranks
+    share.
+    """
     found: dict[tuple[tuple[str, ...], tuple[int, ...] | None], None] = {}
     for entry in manifest["parameters"].values():
         tied = tuple(entry["stages"]) if len(entry["stages"]) > 1 else None

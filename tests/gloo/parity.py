@@ -39,12 +39,12 @@ def reference(name: str, kind: str, size: int, length: int, loss: str) -> dict[s
             if (function := LOSSES[loss]) is not None:
                 return function(model, batch)
             result = model(**batch)
-            return result if isinstance(result, torch.Tensor) else result.loss  # type: ignore[no-any-return]
+            return result if isinstance(result, torch.Tensor) else result.loss
 
     for _ in range(STEPS):
         optimizer.zero_grad()
         value = compute()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         losses.append(value.item())
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
@@ -105,4 +105,4 @@ def compare(got: list[dict[str, Any]], wanted: Mapping[str, Any]) -> None:
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     difference = (a.double() - b.double()).norm().item()
-    return max(0.0, difference - 1e-12) / max(b.double().norm().item(), 1e-300)
+    return max(0.0, difference - 1e-12) / max(b.double().norm().item(), 1e-300)  # type: ignore[no-any-return]

@@ -142,17 +142,17 @@ class Rank:
         if node.target in _SHAPED:
             assert value is not None
             return (
-                args[0].expand(self.local(value))
+                args[0].expand(self.local(value))  # type: ignore[union-attr]
                 if node.target is aten.expand.default
-                else args[0].reshape(self.local(value))
+                else args[0].reshape(self.local(value))  # type: ignore[union-attr]
             )
         if node.target is aten.split.Tensor:
-            parts = sorted(node.users, key=lambda n: n.args[1])
+            parts = sorted(node.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
             dim = args[2]
-            return args[0].split([self.local(function.values[p])[dim] for p in parts], dim)
+            return args[0].split([self.local(function.values[p])[dim] for p in parts], dim)  # type: ignore[arg-type, index, union-attr]
         if getattr(node.target, "__module__", "") == real.__name__:
-            return getattr(self, node.target.__name__)(*args, **kwargs)
-        return node.target(*args, **kwargs)
+            return getattr(self, node.target.__name__)(*args, **kwargs)  # type: ignore[union-attr]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     # The runtime's vocabulary
 
@@ -172,28 +172,28 @@ class Rank:
         return x
 
     def invariant_to_replicated(self, x: torch.Tensor, axis: str) -> Any:
-        return _Convert.apply(x, self._same, self._sum(axis))
+        return _Convert.apply(x, self._same, self._sum(axis))  # type: ignore[no-untyped-call]
 
     def all_reduce(self, x: torch.Tensor, axis: str) -> Any:
-        return _Convert.apply(x, self._sum(axis), self._same) if x.requires_grad else self._sum(axis)(x)
+        return _Convert.apply(x, self._sum(axis), self._same) if x.requires_grad else self._sum(axis)(x)  # type: ignore[no-untyped-call]
 
     def all_gather(self, x: torch.Tensor, axis: str, *, dim: int, to: str, groups: int = 1) -> Any:
         back = self._scatter(axis, dim, groups) if to == "R" else self._cut(axis, dim, groups)
-        return _Convert.apply(x, self._gather(axis, dim, groups), back)
+        return _Convert.apply(x, self._gather(axis, dim, groups), back)  # type: ignore[no-untyped-call]
 
     def reduce_scatter(self, x: torch.Tensor, axis: str, *, dim: int, groups: int = 1) -> Any:
-        return _Convert.apply(x, self._scatter(axis, dim, groups), self._gather(axis, dim, groups))
+        return _Convert.apply(x, self._scatter(axis, dim, groups), self._gather(axis, dim, groups))  # type: ignore[no-untyped-call]
 
     def shard(self, x: torch.Tensor, axis: str, *, dim: int, of: str, groups: int = 1) -> Any:
         if not x.requires_grad or of == "R":
             return self._cut(axis, dim, groups)(x)
-        return _Convert.apply(x, self._cut(axis, dim, groups), self._gather(axis, dim, groups))
+        return _Convert.apply(x, self._cut(axis, dim, groups), self._gather(axis, dim, groups))  # type: ignore[no-untyped-call]
 
     def all_to_all(self, x: torch.Tensor, axis: str, *, split_dim: int, concat_dim: int) -> Any:
         def move(a: int, b: int) -> Any:
             return lambda y: self._cut(axis, a, 1)(self._gather(axis, b, 1)(y))
 
-        return _Convert.apply(x, move(split_dim, concat_dim), move(concat_dim, split_dim))
+        return _Convert.apply(x, move(split_dim, concat_dim), move(concat_dim, split_dim))  # type: ignore[no-untyped-call]
 
     def shard_range(self, length: int, axis: str) -> tuple[int, int]:
         piece = length // self.world.sizes[axis]

@@ -28,10 +28,17 @@ def test_ruff_is_content(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     # without margin and "fmt: off" the formatter has nothing to change
     for path in (directory / "stages").iterdir():
-        lines = [_without_margin(line) for line in path.read_text().splitlines() if not line.startswith(("# fmt", "# The margin"))]
+        lines = [
+            _without_margin(line)
+            for line in path.read_text().splitlines()
+            if not line.startswith(("# fmt", "# The margin"))
+        ]
         text = "\n".join(lines) + "\n"
         done = subprocess.run(
-            [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "120", "-"], input=text, capture_output=True, text=True
+            [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "120", "-"],
+            input=text,
+            capture_output=True,
+            text=True,
         )
         assert done.stdout == text
 
@@ -79,7 +86,9 @@ def test_text_from_the_model_is_data(tmp_path: Path) -> None:
     directory = program.emit(tmp_path / "bundle")
     source = (directory / "stages/stage_0.py").read_text()
     compile(source, "stage_0.py", "exec")
-    assert set(json.loads((directory / "manifest.json").read_text())["parameters"]) == {n for n, _ in Nasty().named_parameters()}
+    assert set(json.loads((directory / "manifest.json").read_text())["parameters"]) == {
+        n for n, _ in Nasty().named_parameters()
+    }
     assert not any(line.strip().startswith("line {i}") for line in source.splitlines())
 
 
@@ -89,7 +98,9 @@ def test_verify_finds_what_was_changed(tmp_path: Path) -> None:
     stage, rank = directory / "stages/stage_0.py", directory / "ranks/rank_0000.py"
     kept = stage.read_text()
     stage.write_text(kept.replace("(176, 64)", "(177, 64)"))
-    with pytest.raises(BundleError, match=r"declares 'mlp.gate_proj.weight' with shape \(177, 64\), the manifest says \(176, 64\)"):
+    with pytest.raises(
+        BundleError, match=r"declares 'mlp.gate_proj.weight' with shape \(177, 64\), the manifest says \(176, 64\)"
+    ):
         verify_bundle(directory)
     stage.write_text(kept + "\n# a remark\n")
     assert verify_bundle(directory)[-1] == "edited since they were emitted: stages/stage_0.py"

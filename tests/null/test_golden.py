@@ -16,7 +16,10 @@ def _texts(directory: Path) -> dict[str, str]:
 
 def test_llama_3d(golden: Golden, tmp_path: Path) -> None:
     program = compile_parallel(
-        models.llama(2), Mesh(dp=2, pp=2, tp=2), example_inputs=models.batch("llama", size=8), plan=Plan(zero=1, microbatches=4)
+        models.llama(2),
+        Mesh(dp=2, pp=2, tp=2),
+        example_inputs=models.batch("llama", size=8),
+        plan=Plan(zero=1, microbatches=4),
     )
     program.emit(tmp_path / "bundle", weights=False)
     golden("llama-dp2pp2tp2", {**_texts(tmp_path / "bundle"), "explain.txt": program.explain() + "\n"})

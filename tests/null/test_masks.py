@@ -1,6 +1,7 @@
 """A mask becomes is_causal=True exactly when it is causal."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ class Attention(nn.Module):
 
 def _attention_of(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.fx.Node:
     graph = capture(module, batch).function.graph
-    return next(n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default)
+    return next(n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default)  # type: ignore[no-any-return]
 
 
 def _is_flagged(mask: Callable[[int], torch.Tensor]) -> bool:
@@ -86,8 +87,8 @@ def test_other_masks_stay(name: str) -> None:
 
 
 def test_packed_form_of_transformers() -> None:
-    model = models.build("llama")
-    model.config.use_cache = False  # then Transformers looks for packed sequences in the positions
+    model: Any = models.build("llama")
+    model.config.use_cache = False  # then Transformers looks for packed sequences in the positions  # type: ignore[union-attr]
     node = _attention_of(model, models.batch("llama", "plain"))
     assert node.kwargs.get("is_causal") is True
 

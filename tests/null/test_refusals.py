@@ -30,7 +30,9 @@ def test_batch_that_does_not_divide() -> None:
 
 
 def test_unknown_module_in_split() -> None:
-    with pytest.raises(PlanError, match="split names 'layers.9', which is no module that the model runs\n  near it: layers"):
+    with pytest.raises(
+        PlanError, match="split names 'layers.9', which is no module that the model runs\n  near it: layers"
+    ):
         _mlp(Mesh(pp=2), split=("layers.9",))
 
 
@@ -41,7 +43,10 @@ def test_unknown_name_in_pin() -> None:
 
 def test_user_split_is_followed() -> None:
     program = compile_parallel(
-        models.build("mlp"), Mesh(pp=2), example_inputs=models.batch("mlp"), plan=Plan(split=("layers.1",), microbatches=2)
+        models.build("mlp"),
+        Mesh(pp=2),
+        example_inputs=models.batch("mlp"),
+        plan=Plan(split=("layers.1",), microbatches=2),
     )
     assert program.lowered.parameters["layers.1.up.weight"].stages == (1,)
     assert program.lowered.parameters["layers.0.up.weight"].stages == (0,)
@@ -55,7 +60,9 @@ def test_more_stages_than_places_to_cut() -> None:
 def test_missing_example_inputs() -> None:
     with pytest.raises(PlanError) as error:
         compile_parallel(models.build("mlp"), Mesh(dp=2))
-    assert str(error.value).startswith("example_inputs is missing, and MLP has neither example_input_array nor dummy_inputs")
+    assert str(error.value).startswith(
+        "example_inputs is missing, and MLP has neither example_input_array nor dummy_inputs"
+    )
 
 
 def test_non_scalar_loss() -> None:
@@ -82,7 +89,7 @@ class DataDependent(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(x).sum()
-        return y if y > 0 else -y
+        return y if y > 0 else -y  # type: ignore[no-any-return]
 
 
 def test_data_dependent_control_flow() -> None:
@@ -99,7 +106,7 @@ class InPlace(nn.Module):
         y = self.linear(x)
         before = y.view(-1)
         y.add_(1.0)
-        return before.sum()
+        return before.sum()  # type: ignore[no-any-return]
 
 
 def test_in_place_with_a_later_reader() -> None:
@@ -115,7 +122,7 @@ class BatchMean(nn.Module):
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x).mean(0).pow(2).sum()
+        return self.linear(x).mean(0).pow(2).sum()  # type: ignore[no-any-return]
 
 
 def test_batch_that_cannot_be_cut_in_time() -> None:

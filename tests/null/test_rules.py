@@ -105,7 +105,9 @@ def test_rule_holds(operator: Any) -> None:
     assert proven > 0, "a case proves at least one split"
 
 
-@pytest.mark.parametrize(("operator", "args"), POINTWISE, ids=lambda value: str(value) if not isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("operator", "args"), POINTWISE, ids=lambda value: str(value) if not isinstance(value, list) else ""
+)
 def test_pointwise_operators_need_no_rule(operator: Any, args: list[Any]) -> None:
     assert check_rule(operator, None, args) > 0
 

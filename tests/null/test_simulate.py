@@ -37,7 +37,10 @@ def test_types_are_exact(name: str, sizes: dict[str, int], plan: dict[str, Any],
     tables = factor(blocks, DEFAULT_RULES)
     typed = reshard(
         blocks,
-        tuple(propagate(blocks, a, tables, priced, pins_of(captured, chosen, a.name)) for a in axes_of(captured, mesh, chosen)),
+        tuple(
+            propagate(blocks, a, tables, priced, pins_of(captured, chosen, a.name))
+            for a in axes_of(captured, mesh, chosen)
+        ),
     )
     reference = copy.deepcopy(model).double()
     doubled = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
