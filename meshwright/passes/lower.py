@@ -133,7 +133,7 @@ class _Cutter:
             for used in node.all_input_nodes:
                 visit(used)
             if node.target is all_reduce and node.args[1] == MICROBATCH_AXIS:
-                copies[node] = copies[node.all_input_nodes[0]]  # the whole batch at once: there is nothing to add up  # type: ignore[index]
+                copies[node] = copies[node.all_input_nodes[0]]  # the whole batch at once: nothing to add up
             else:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
 

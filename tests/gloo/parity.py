@@ -16,6 +16,8 @@ from meshwright.runtime import Trainer
 from tests import models
 
 STEPS = 3
+COMPARED = (0, STEPS - 1)
+"""The steps after whose backward all gradients are gathered and compared."""
 LEARNING_RATE = 1e-2
 
 
@@ -41,12 +43,13 @@ def reference(name: str, kind: str, size: int, length: int, loss: str) -> dict[s
             result = model(**batch)
             return result if isinstance(result, torch.Tensor) else result.loss
 
-    for _ in range(STEPS):
+    for step in range(STEPS):
         optimizer.zero_grad()
         value = compute()
         value.backward()
         losses.append(value.item())
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        if step in COMPARED:
+            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
     with torch.no_grad():
         after = compute().item()
@@ -73,10 +76,11 @@ def train(directory: str, name: str, kind: str, size: int, length: int) -> dict[
     batch = {k: v.double() if v.is_floating_point() else v for k, v in models.batch(name, kind, size, length).items()}
     part = trainer.shard(batch)
     losses, gradients = [], []
-    for _ in range(STEPS):
+    for step in range(STEPS):
         losses.append(trainer.forward_backward(part).item())
-        full = trainer.full_gradients()
-        gradients.append(full if trainer.rank == 0 else {})
+        if step in COMPARED:
+            full = trainer.full_gradients()
+            gradients.append(full if trainer.rank == 0 else {})
         trainer.optimizer_step()
     state = trainer.full_state_dict()
     after = trainer.evaluate(part).item()
