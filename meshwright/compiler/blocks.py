@@ -51,10 +51,14 @@ def find_blocks(capture: Capture, plan: Plan, parted: frozenset[str] = frozenset
     """
     function = capture.function
     groups: dict[Any, list[_Instance]] = {}
+    inside: dict[str, list[fx.Node]] = {}
+    for node in function.graph.nodes:
+        for path, _ in module_stack(node) if node.op == "call_function" else ():
+            inside.setdefault(path, []).append(node)
     for path, class_name in _candidates(function):
         if path in parted or any(name.startswith(f"{path}.") for name in parted):
             continue
-        instance = _instance(function, path, class_name)
+        instance = _instance(function, path, class_name, inside[path])
         if instance is not None:
             groups.setdefault(_signature(function, capture, plan, instance), []).append(instance)
     repeated = [group for group in groups.values() if len(group) > 1]
@@ -78,13 +82,8 @@ def _candidates(function: Function) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def _instance(function: Function, path: str, class_name: str) -> _Instance | None:
+def _instance(function: Function, path: str, class_name: str, inside: list[fx.Node]) -> _Instance | None:
     """The nodes of one module as a piece that can be cut out; None if it is small or interleaved with others."""
-    inside = [
-        node
-        for node in function.graph.nodes
-        if node.op == "call_function" and any(p == path for p, _ in module_stack(node))
-    ]
     members = set(inside)
     attributes = [
         node
