@@ -1,6 +1,7 @@
 """compile_parallel: from one ordinary model to the parallel program, as a pipeline of stages."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from meshwright.passes.axes import axes_of, pins_of
 from meshwright.passes.cost import prices
 from meshwright.passes.lower import lower
 from meshwright.passes.partition import partition
-from meshwright.passes.propagate import factor, propagate
+from meshwright.passes.propagate import factor, propagate, without_rule
 from meshwright.passes.reshard import reshard
 from meshwright.passes.rules import DEFAULT_RULES, Rules
 from meshwright.passes.verify import verify
@@ -103,7 +104,10 @@ def compile_parallel(
         done("reshard")
         parts = partition(typed, mesh.size("pp"), plan.split, priced)
         done("partition")
-        lowered = lower(captured, typed, parts, mesh, plan)
+        unruled = without_rule(blocks, factors) if mesh.num_ranks > 1 else ()
+        for line in unruled:
+            warnings.warn(line, stacklevel=2)
+        lowered = lower(captured, typed, parts, mesh, plan, unruled)
         done("lower")
         verify(lowered, rules)
         done("verify")

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from meshwright.codegen.margin import margin
+from meshwright.codegen.margin import BATCH_AXES, margin
 from meshwright.codegen.shapes import spell_expand, spell_view
 from meshwright.codegen.spelling import Text, Use, plain, spell
 from meshwright.codegen.views import Line
@@ -404,7 +404,9 @@ class Writer:
         return f"{names[0]}.device" if names else "None"
 
     def _is_split(self, value: Value, dim: int) -> bool:
-        return any(t.is_split and t.dim == dim for axis, t in value.types.items() if axis not in ("dp", "mb"))
+        """Whether a rank has a piece of a dim; a symbolic batch is not meant, which B stands for on every rank."""
+        fixed = isinstance(value.shape[dim], int)
+        return any(t.is_split and t.dim == dim for axis, t in value.types.items() if fixed or axis not in BATCH_AXES)
 
     def _size(self, size: Any) -> str:
         if isinstance(size, sympy.Expr):

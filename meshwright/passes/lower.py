@@ -20,8 +20,10 @@ from meshwright.runtime.collectives import all_reduce
 aten = torch.ops.aten
 
 
-def lower(capture: Capture, blocks: Blocks, parts: Partition, mesh: Mesh, plan: Plan) -> Lowered:
-    """Everything that the emitted files say."""
+def lower(
+    capture: Capture, blocks: Blocks, parts: Partition, mesh: Mesh, plan: Plan, warnings: tuple[str, ...] = ()
+) -> Lowered:
+    """Everything that the emitted files say. ``warnings`` are shown by explain()."""
     num_stages = mesh.size("pp")
     microbatches = plan.num_microbatches(num_stages)
     loss = blocks.main.results()[0]
@@ -60,6 +62,7 @@ def lower(capture: Capture, blocks: Blocks, parts: Partition, mesh: Mesh, plan: 
         parameters=parameters,
         buffers=buffers,
         loss=blocks.main.values[loss],
+        warnings=warnings,
     )
 
 

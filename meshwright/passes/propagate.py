@@ -64,6 +64,23 @@ def factor(blocks: Blocks, rules: Rules) -> FactorTables:
     return {name: factors_by_node(function, rules) for name, function in functions.items()}
 
 
+def without_rule(blocks: Blocks, factors: FactorTables) -> tuple[str, ...]:
+    """One line for each operator that no rule knows: it runs whole, its split inputs gathered first."""
+    functions = {"": blocks.main, **{block.name: block.function for block in blocks.blocks}}
+    found: dict[str, None] = {}
+    for name, table in factors.items():
+        for node in (node for node, here in table.items() if here is None):
+            outcome = results(functions[name], node)
+            if outcome and operands(node) and functions[name].values[outcome[0]].made_of != "inputs":
+                origin = functions[name].origins.get(node)
+                file, line = origin.statement if origin else ("", 0)
+                where = f" at {file.rsplit('/', 1)[-1]}:{line}" if file else ""
+                found.setdefault(
+                    f"{node.target}{where} has no rule and runs whole: add one with rules={{{node.target}: Rule(...)}}"
+                )
+    return tuple(found)
+
+
 def propagate(
     blocks: Blocks, axis: Axis, factors: FactorTables, prices: Prices, pins: Mapping[str, tuple[str, Type]]
 ) -> Typing:

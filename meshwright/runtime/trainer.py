@@ -74,7 +74,9 @@ class Trainer:
                 groups=self.groups,
                 before_backward=self._expect,
             )
-            self.optimizer = optimizer([pair for unit in self.units for pair in unit.pieces])
+            pairs = [pair for unit in self.units for pair in unit.pieces]
+            # torch's optimizers refuse an empty list; a rank may hold no piece of a model with few parameters.
+            self.optimizer = optimizer(pairs or [("nothing", nn.Parameter(torch.zeros(0, device=self.groups.device)))])
 
     # A step
 

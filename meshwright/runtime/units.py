@@ -130,6 +130,7 @@ class Unit:
 
     def _scatter_now(self) -> None:
         """ZeRO-2 and 3: reduce_scatter this backward's gradients and keep the piece alone."""
+        self._collect()  # at most one backward's whole gradients are on their way
         grads = [h.parameter.grad for h in self.held]
         flat = self.rest.new_zeros(self.shard_size * self.groups.size("dp"))
         pairs = [(v, g) for v, g in zip(self._views(flat), grads, strict=True) if g is not None]

@@ -145,3 +145,37 @@ def test_a_failing_rank_ends_the_others(tmp_path: Path) -> None:
     assert "rank 3 failed in 1F1 forward of stage 1, microbatch 1: ValueError: a bad batch" in done.stderr
     others = [line for line in done.stderr.splitlines() if "RankError" in line and not line.startswith("[rank3]")]
     assert not others, "one rank says why"
+
+
+class Tiny(torch.nn.Module):
+    """One number: under ZeRO over two ranks one of them has nothing to update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.factor * x).pow(2).mean()
+
+
+def train_tiny(bundle: str) -> float:
+    trainer = Trainer(bundle, optimizer=lambda named: torch.optim.SGD(named, lr=0.1, momentum=0.9), device="cpu")
+    part = trainer.shard((torch.arange(4.0),))
+    for _ in range(3):
+        trainer.step(part)
+    value = trainer.full_state_dict()["factor"].item()
+    trainer.close()
+    return value
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_a_rank_without_a_piece(zero: int, pool: Pool, tmp_path: Path) -> None:
+    program = compile_parallel(Tiny(), Mesh(dp=2), example_inputs=(torch.arange(4.0),), plan=Plan(zero=zero))
+    got = pool.run("tests.gloo.test_runtime:train_tiny", (str(program.emit(tmp_path / "bundle")),), ranks=2)
+    model = Tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(4.0)).backward()
+        optimizer.step()
+    assert got == pytest.approx([model.factor.item()] * 2, rel=1e-5)
