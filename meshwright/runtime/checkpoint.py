@@ -1,6 +1,7 @@
-"""Checkpoints of one layout, with torch.distributed.checkpoint: every rank's own pieces under its own keys."""
+"""Checkpoints for the same layout, with torch.distributed.checkpoint: parameters, optimizer, step count and seed."""
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,58 +9,63 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from meshwright.runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from meshwright.runtime.trainer import Trainer
 
+HEAD = "meshwright"
+State = dict[str, torch.Tensor]
+
 
 def save(trainer: "Trainer", path: Path) -> None:
-    """Write the state of all ranks to ``path``."""
+    """Write the state of all ranks to the directory ``path``; what dp replicas share is written once."""
     optimizer = trainer.optimizer.state_dict()
-    state: dict[str, Any] = {
-        f"{_prefix(trainer)}/parameters/{k}": p.detach() for k, p in enumerate(_parameters(trainer))
-    }
+    tensors: dict[int, dict[str, torch.Tensor]] = {}
+    others: dict[int, dict[str, Any]] = {}
     for index, entries in optimizer["state"].items():
-        state |= {f"{_prefix(trainer)}/optimizer/{index}/{key}": value for key, value in entries.items()}
-    state[f"{_prefix(trainer)}/groups"] = optimizer["param_groups"]
-    state["meshwright"] = {"layout": layout(trainer.manifest), "num_steps": trainer.num_steps, "seed": trainer.seed}
+        for key, value in entries.items():
+            (tensors if isinstance(value, torch.Tensor) else others).setdefault(index, {})[key] = value
+    state = {**_kept(trainer), HEAD: _packed(_head(trainer))}
+    place = _place(trainer, "dp" in trainer.manifest["mesh"])
+    state[f"{place}/optimizer"] = _packed({"param_groups": optimizer["param_groups"], "others": others})
+    for index, entries in tensors.items():
+        state |= {f"{place}/optimizer/{index}/{key}": value for key, value in entries.items()}
     state_dict_saver.save(state, checkpoint_id=str(path))
 
 
 def load(trainer: "Trainer", path: Path) -> None:
-    """Read the state that ``save`` wrote. Raises BundleError for another layout."""
-    reader = filesystem.FileSystemReader(str(path))
+    """Read what ``save`` wrote into the trainer. Raises BundleError for another layout or no checkpoint at all."""
     try:
-        metadata: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+        metadata = filesystem.FileSystemReader(str(path)).read_metadata().state_dict_metadata
     except OSError as error:
         raise BundleError(f"{path} is no checkpoint: {error}") from error
-    head: dict[str, Any] = {"meshwright": {}}
-    _read(head, metadata, "meshwright", path)
-    known = _unflattened(head, "meshwright")
-    if known.get("layout") != layout(trainer.manifest):
+    if HEAD not in metadata:
+        raise BundleError(f"{path} is no checkpoint of a Trainer")
+    head = _unpacked(_read(metadata, [HEAD], path)[HEAD])
+    if head["layout"] != layout(trainer.manifest):
         raise BundleError(
-            f"{path} was saved under another layout (mesh, ZeRO or types of parameters differ)\n"
-            "  continue with the bundle that wrote it; export full_state_dict() to move the weights"
+            f"{path} was saved under another layout: mesh, ZeRO, stages or types of parameters differ\n"
+            "  continue with the bundle that wrote it, or move the weights by full_state_dict()"
         )
-    state: dict[str, Any] = {}
-    _read(state, metadata, _prefix(trainer), path)
+    place = _place(trainer, "dp" in trainer.manifest["mesh"])
+    kept = _kept(trainer)
+    optimizer = [key for key in metadata if key == f"{place}/optimizer" or key.startswith(f"{place}/optimizer/")]
+    state = _read(metadata, [*kept, *optimizer], path)
     with torch.no_grad():
-        for k, parameter in enumerate(_parameters(trainer)):
-            parameter.copy_(state[f"{_prefix(trainer)}/parameters/{k}"])
-    entries: dict[int, dict[str, Any]] = {}
-    start = f"{_prefix(trainer)}/optimizer/"
-    for key, value in state.items():
-        if key.startswith(start):
-            index, _, name = key.removeprefix(start).partition("/")
-            entries.setdefault(int(index), {})[name] = value
-    groups = _unflattened(state, f"{_prefix(trainer)}/groups")
-    trainer.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    for work in [work for unit in trainer.units if (work := unit.updated()) is not None]:
-        work.wait()
-    trainer.num_steps = known["num_steps"]
+        for key, tensor in kept.items():
+            tensor.copy_(state[key])
+    packed = _unpacked(state.pop(f"{place}/optimizer"))
+    entries: dict[int, dict[str, Any]] = packed["others"]
+    for key in optimizer:
+        if key in state:
+            index, name = key.removeprefix(f"{place}/optimizer/").split("/", 1)
+            entries.setdefault(int(index), {})[name] = state[key]
+    trainer.optimizer.load_state_dict({"state": entries, "param_groups": packed["param_groups"]})
+    trainer.update()
+    trainer.num_steps, trainer.seed = head["num_steps"], head["seed"]
 
 
 def layout(manifest: Mapping[str, Any]) -> str:
@@ -73,37 +79,50 @@ def layout(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _prefix(trainer: "Trainer") -> str:
-    return f"rank_{trainer.rank}"
+def _head(trainer: "Trainer") -> dict[str, Any]:
+    return {"layout": layout(trainer.manifest), "num_steps": trainer.num_steps, "seed": trainer.seed}
 
 
-def _parameters(trainer: "Trainer") -> list[torch.Tensor]:
-    """What this rank keeps between steps: the pieces that the optimizer updates, then frozen parameters."""
-    pieces: list[torch.Tensor] = [piece for unit in trainer.units for _, piece in unit.pieces]
-    return [*pieces, *(h.parameter for h in trainer.declared.held if not h.trainable)]
+def _kept(trainer: "Trainer") -> State:
+    """What a rank keeps between steps apart from the optimizer's state, by key. Replicas over dp use the same keys."""
+    state: State = {}
+    for number, unit in enumerate(trainer.units):
+        state[f"{_place(trainer, unit.split)}/units/{number}"] = unit.rest
+    for number, (_, gathered) in enumerate(trainer.frozen):
+        state[f"{_place(trainer, True)}/frozen/{number}"] = gathered.rest
+    gathered_names = {h.label for members, _ in trainer.frozen for h in members}
+    for held in trainer.declared.held.values():
+        if not held.trainable and held.label not in gathered_names:
+            state[f"{_place(trainer, False)}/frozen/{held.label}"] = held.parameter.detach()
+    for name, buffer in trainer.declared.buffers.items():
+        state[f"{_place(trainer, False)}/buffers/{name}"] = buffer
+    return state
 
 
-def _read(state: dict[str, Any], metadata: Mapping[str, Any], prefix: str, path: Path) -> None:
-    """Read all entries below ``prefix`` into ``state``."""
-    state.clear()
-    for key, entry in metadata.items():
-        if key == prefix or key.startswith((f"{prefix}/", f"{prefix}.")):
-            if isinstance(entry, TensorStorageMetadata):
-                state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-            elif isinstance(entry, BytesStorageMetadata):
-                state[key] = None
-    if not state:
-        raise BundleError(f"{path} has no entries for {prefix}: it was saved by fewer ranks")
+def _place(trainer: "Trainer", with_dp: bool) -> str:
+    """The coordinates as text, such as ``dp0.pp1.tp0``, or without dp."""
+    at = trainer.groups.coordinates
+    return ".".join(f"{axis}{index}" for axis, index in at.items() if with_dp or axis != "dp") or "all"
+
+
+def _read(metadata: Mapping[str, Any], keys: list[str], path: Path) -> State:
+    """Tensors of a checkpoint. Raises BundleError for a key that it does not have."""
+    state: State = {}
+    for key in keys:
+        entry = metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise BundleError(f"{path} has no tensor {key!r}")
+        state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     state_dict_loader.load(state, checkpoint_id=str(path))
+    return state
 
 
-def _unflattened(state: Mapping[str, Any], prefix: str) -> Any:
-    """A nested value that torch.distributed.checkpoint flattened to keys joined with dots."""
-    if prefix in state:
-        return state[prefix]
-    below: dict[str, Any] = {}
-    for key in state:
-        if key.startswith(f"{prefix}."):
-            below.setdefault(key.removeprefix(f"{prefix}.").split(".")[0], None)
-    values = {name: _unflattened(state, f"{prefix}.{name}") for name in below}
-    return [values[str(i)] for i in range(len(values))] if values and all(k.isdigit() for k in values) else values
+def _packed(value: Any) -> torch.Tensor:
+    """Plain data as bytes: the checkpoint would take containers apart."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _unpacked(data: torch.Tensor) -> Any:
+    return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)

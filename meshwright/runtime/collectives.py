@@ -1,7 +1,7 @@
 """Conversions between types: each a collective forward and the conversion of the gradient backward.
 
-The axis is looked up in the running program's mesh; on an axis of one rank every conversion is the identity. Tensors of
-integers and booleans are converted without a backward.
+The axis is looked up in the mesh of the program that runs; on an axis of one rank, or one that the mesh does not have,
+every conversion is the identity. Tensors of integers are converted in the same way, without a backward.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from meshwright.runtime.errors import PlanError
-from meshwright.runtime.groups import all_gather_flat, current, reduce_scatter_flat
+from meshwright.runtime.groups import current
 from meshwright.runtime.layout import shard_bounds
+from meshwright.runtime.wire import begin_all_gather, begin_reduce_scatter
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,22 +31,22 @@ class _Conversion(torch.autograd.Function):
 
 
 def _convert(x: torch.Tensor, forward: Convert | None, backward: Convert | None) -> torch.Tensor:
-    if not x.requires_grad:
+    if not (x.requires_grad and torch.is_grad_enabled()):
         return x if forward is None else forward(x)
     result: torch.Tensor = _Conversion.apply(x, forward, backward)  # type: ignore[no-untyped-call]
     return result
 
 
-# What is done to a tensor on an axis
+# What is done to a tensor on an axis. The group is looked up now: backwards may run on another thread.
 
 
 def _sum(axis: str) -> Convert:
     group = current().group([axis])
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
         if x.dtype == torch.bool:
-            raise TypeError("a boolean tensor cannot be summed over an axis")
+            raise TypeError(f"a boolean tensor cannot be summed over {axis}")
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x, group=group)
         return x
 
@@ -56,27 +57,25 @@ def _gather(axis: str, dim: int, groups: int) -> Convert:
     group, pieces = current().group([axis]), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        out = torch.empty((pieces, *x.shape), dtype=x.dtype, device=x.device)
-        all_gather_flat(out.view(pieces * x.shape[0], *x.shape[1:]) if x.ndim else out, x, group=group)
-        return _joined(out, dim, groups)
+        parts = x.new_empty((pieces, *x.shape))
+        begin_all_gather(parts.view(-1), x.contiguous().view(-1), group)()
+        return _joined(parts, dim, groups)
 
     return run
 
 
 def _joined(parts: torch.Tensor, dim: int, groups: int) -> torch.Tensor:
     """(pieces, *shape) as one tensor with the pieces (of every group) side by side along ``dim``."""
-    pieces, *shape = parts.shape
-    blocks = parts.unflatten(dim + 1, (groups, shape[dim] // groups))
-    return blocks.movedim(0, dim + 1).flatten(dim, dim + 2)  # type: ignore[no-any-return]
+    blocks: torch.Tensor = parts.unflatten(dim + 1, (groups, parts.shape[dim + 1] // groups))
+    return blocks.movedim(0, dim + 1).flatten(dim, dim + 2)
 
 
 def _cut(axis: str, dim: int, groups: int) -> Convert:
-    index, pieces = current().coordinates.get(axis, 0), current().size(axis)
+    index, pieces = current().index(axis), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        blocks = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
-        return blocks.select(dim + 1, index).flatten(dim, dim + 1).contiguous()  # type: ignore[no-any-return]
+        blocks: torch.Tensor = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
+        return blocks.select(dim + 1, index).flatten(dim, dim + 1).contiguous()
 
     return run
 
@@ -85,25 +84,23 @@ def _scatter(axis: str, dim: int, groups: int) -> Convert:
     group, pieces = current().group([axis]), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        blocks = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
+        blocks: torch.Tensor = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
         parts = blocks.movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
-        out = torch.empty(parts.shape[1:], dtype=x.dtype, device=x.device)
-        reduce_scatter_flat(out, parts.flatten(0, 1), group=group)
+        out = torch.empty_like(parts[0])
+        begin_reduce_scatter(out.view(-1), parts.view(-1), group)()
         return out
 
     return run
 
 
-def _place(axis: str, dim: int, groups: int, length: int) -> Convert:
-    index, pieces = current().coordinates.get(axis, 0), current().size(axis)
+def _place(axis: str, dim: int, groups: int) -> Convert:
+    index, pieces = current().index(axis), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        shape = list(x.shape)
-        shape[dim] = length
-        whole = x.new_zeros(shape)
-        blocks = whole.unflatten(dim, (groups, pieces, length // (groups * pieces)))
-        blocks.select(dim + 1, index).copy_(x.unflatten(dim, (groups, length // (groups * pieces))))
-        return whole
+        blocks = x.unflatten(dim, (groups, x.shape[dim] // groups))
+        whole = x.new_zeros((*blocks.shape[: dim + 1], pieces, *blocks.shape[dim + 1 :]))
+        whole.select(dim + 1, index).copy_(blocks)
+        return whole.flatten(dim, dim + 2)
 
     return run
 
@@ -131,71 +128,75 @@ def invariant_to_replicated(x: torch.Tensor, axis: str) -> torch.Tensor:
 
 
 def all_reduce(x: torch.Tensor, axis: str) -> torch.Tensor:
-    """P -> I: the sum over ``axis``; the backward passes the gradient through."""
+    """P -> I: the sum over ``axis``; the backward passes the gradient through. Raises TypeError for booleans."""
     if current().size(axis) == 1:
         return x
     return _convert(x, _sum(axis), None)
 
 
 def all_gather(x: torch.Tensor, axis: str, *, dim: int, to: str, groups: int = 1) -> torch.Tensor:
-    """S(dim/groups) -> ``to``: the pieces side by side along ``dim``; the backward reduce_scatters ("R") or slices
-    ("I").
+    """S(dim/groups) -> ``to``: the pieces side by side along ``dim``.
+
+    The backward reduce_scatters the gradient for ``to="R"`` and slices it for ``to="I"``. Raises PlanError for a
+    dim that is not a multiple of ``groups``.
     """
     if current().size(axis) == 1:
         return x
-    return _convert(
-        x, _gather(axis, dim, groups), _scatter(axis, dim, groups) if to == "R" else _cut(axis, dim, groups)
-    )
+    dim = dim % x.ndim
+    if x.shape[dim] % groups:
+        raise PlanError(f"dim {dim} of {tuple(x.shape)} is not {groups} equal groups")
+    back = {"R": _scatter, "I": _cut}[to]
+    return _convert(x, _gather(axis, dim, groups), back(axis, dim, groups))
 
 
 def reduce_scatter(x: torch.Tensor, axis: str, *, dim: int, groups: int = 1) -> torch.Tensor:
-    """P -> S(dim/groups): this rank's piece of the sum; the backward all_gathers. Raises PlanError for uneven
-    pieces.
-    """
+    """P -> S(dim/groups): a piece of the sum; the backward all_gathers. Raises PlanError for uneven pieces."""
     if current().size(axis) == 1:
         return x
-    _check_even(x, axis, dim, groups)
+    dim = _checked(x, axis, dim, groups)
     return _convert(x, _scatter(axis, dim, groups), _gather(axis, dim, groups))
 
 
 def shard(x: torch.Tensor, axis: str, *, dim: int, of: str, groups: int = 1) -> torch.Tensor:
-    """``of`` -> S(dim/groups): this rank's piece; the backward all_gathers ("I") or pads with zeros ("R"). Raises
-    PlanError.
+    """``of`` -> S(dim/groups): this rank's piece.
+
+    The backward all_gathers the gradient for ``of="I"`` and sets it among zeros for ``of="R"``. Raises PlanError for
+    uneven pieces.
     """
     if current().size(axis) == 1:
         return x
-    _check_even(x, axis, dim, groups)
-    back = _gather(axis, dim, groups) if of == "I" else _place(axis, dim, groups, x.shape[dim])
-    return _convert(x, _cut(axis, dim, groups), back)
+    dim = _checked(x, axis, dim, groups)
+    back = {"I": _gather, "R": _place}[of]
+    return _convert(x, _cut(axis, dim, groups), back(axis, dim, groups))
 
 
 def all_to_all(x: torch.Tensor, axis: str, *, split_dim: int, concat_dim: int) -> torch.Tensor:
     """S(concat_dim) -> S(split_dim); the backward exchanges back. Raises PlanError for uneven pieces."""
     if current().size(axis) == 1:
         return x
-    _check_even(x, axis, split_dim, 1)
+    split_dim, concat_dim = _checked(x, axis, split_dim, 1), concat_dim % x.ndim
     return _convert(x, _exchange(axis, split_dim, concat_dim), _exchange(axis, concat_dim, split_dim))
 
 
 def shard_range(length: int, axis: str) -> tuple[int, int]:
     """(start, stop) of this rank's piece of a dim of ``length``; the last piece may be shorter."""
-    return shard_bounds(length, current().coordinates.get(axis, 0), current().size(axis))
+    return shard_bounds(length, current().index(axis), current().size(axis))
 
 
 def part_of_mean(x: torch.Tensor, *axes: str) -> torch.Tensor:
-    """The mean of one of n equal pieces, divided by n: these sum to the mean of the whole. n is the product over
-    ``axes``.
-    """
+    """The mean of one of n equal pieces, divided by n: they sum to the mean of the whole. n: product of ``axes``."""
     pieces = 1
     for axis in axes:
         pieces *= current().size(axis)
     return x / pieces
 
 
-def _check_even(x: torch.Tensor, axis: str, dim: int, groups: int) -> None:
-    pieces = current().size(axis)
-    if x.shape[dim] % (groups * pieces):
+def _checked(x: torch.Tensor, axis: str, dim: int, groups: int) -> int:
+    """``dim`` counted from the front. Raises PlanError where it is not ``groups`` times equal pieces."""
+    pieces, size = current().size(axis), x.shape[dim]
+    if size % (groups * pieces):
         raise PlanError(
-            f"cannot cut a dim of {x.shape[dim]} in {pieces} equal pieces over {axis}: pad the batch to a "
-            f"multiple of {groups * pieces}"
+            f"cannot cut dim {dim % x.ndim} of {tuple(x.shape)} in {pieces} equal pieces over {axis}\n"
+            f"  use a size that is a multiple of {groups * pieces}"
         )
+    return dim % x.ndim

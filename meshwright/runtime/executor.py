@@ -1,6 +1,7 @@
-"""The executor: runs a rank's actions, with sends and receives around them."""
+"""The executor: runs a rank's actions, with the messages before and after them."""
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,236 +11,206 @@ import torch.distributed as dist
 from torch import nn
 
 from meshwright.runtime.actions import Action, fuse
-from meshwright.runtime.errors import PlanError, RankError
-from meshwright.runtime.groups import Groups, rank_at
-from meshwright.runtime.layout import local_shape
+from meshwright.runtime.errors import BundleError, RankError
+from meshwright.runtime.groups import Groups
+from meshwright.runtime.messages import Messages, Shapes
 
-Tensors = Mapping[str, torch.Tensor]
+Values = Mapping[str, Any]
+"""Arguments of a stage by name: tensors, and what else the user's batch has."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Live:
     """What is kept of one microbatch between its forward and its backward."""
 
-    received: dict[str, torch.Tensor]
-    sent: dict[str, torch.Tensor]
+    received: Mapping[str, torch.Tensor]
+    results: Mapping[str, torch.Tensor]
     loss: torch.Tensor | None
 
 
 @dataclass(slots=True, kw_only=True)
 class Executor:
-    """Runs one stage. ``before_backward(last)`` is called before every backward, ``last`` on the step's last."""
+    """Runs one stage.
+
+    before_backward(last): called before every backward, ``last`` on the step's last. after_backward(): after it.
+    loss_parts: by what a microbatch's loss is divided, 1 where the loss of the whole is their sum.
+    """
 
     stage: nn.Module
     index: int
     manifest: Mapping[str, Any]
     groups: Groups
     before_backward: Callable[[bool], None]
+    after_backward: Callable[[], None]
     arguments: tuple[str, ...] = field(init=False)
+    messages: Messages = field(init=False)
+    has_loss: bool = field(init=False)
+    loss_parts: int = field(init=False)
+    grad: bool = True
     live: dict[int, Live] = field(default_factory=dict)
+    arrived: dict[tuple[str, int], dict[str, torch.Tensor]] = field(default_factory=dict)
     gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    sending: deque[list[tuple[Any, torch.Tensor]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
+        loss = self.manifest["loss"]
+        entry = self.manifest["stages"][self.index]
         self.arguments = tuple(inspect.signature(self.stage.forward).parameters)
-
-    @property
-    def entry(self) -> Mapping[str, Any]:
-        return self.manifest["stages"][self.index]  # type: ignore[no-any-return]
+        unknown = {*self.arguments} - {*entry["inputs"], *entry["receives"], *entry["prepares"]}
+        if unknown:
+            raise BundleError(
+                f"the forward of stage {self.index} takes {', '.join(sorted(unknown))}: not among the inputs, received "
+                "and prepared values that the manifest gives it"
+            )
+        self.messages = Messages(manifest=self.manifest, index=self.index, groups=self.groups)
+        self.has_loss = self.index == loss["stage"]
+        self.loss_parts = 1 if loss["types"].get("mb") == "P" else self.groups.microbatches
 
     def run(
         self,
         actions: Sequence[Action],
-        batches: Sequence[Tensors],
-        prepared: Tensors,
+        batches: Sequence[Values],
+        prepared: Values,
         symbols: Mapping[str, int],
         grad: bool,
-    ) -> torch.Tensor:
-        """Run a step's actions on the microbatches; returns the sum of this rank's losses (0 off the loss stage)."""
-        total = torch.zeros((), device=self.groups.device)
+    ) -> torch.Tensor | None:
+        """Run a step's actions on the microbatches; returns the sum of their losses on the stage that has it.
+
+        Raises RankError naming the action that failed and why.
+        """
+        shapes = self.messages.shapes(symbols)
+        self.grad = grad
+        for kept in (self.live, self.arrived, self.gradients, self.sending):
+            kept.clear()
         last = max((i for i, a in enumerate(actions) if a.kind == "B"), default=-1)
-        arrived: dict[int, dict[str, torch.Tensor]] = {}
-        sending: list[tuple[Any, Any]] = []
+        total: torch.Tensor | None = None
         for position, (before, after) in enumerate(fuse(actions)):
             try:
-                sending += self._exchange(before, after, arrived, symbols)
+                self._exchange(before, after, shapes)
             except Exception as error:
-                raise self._failure(after or before, error, "exchange around ") from error  # type: ignore[arg-type]
+                raise self._failure(after or before, error, "in the messages before " if after else "after ") from error
             if after is None:
                 break
             try:
                 if after.kind == "F":
-                    loss = self._forward(after.microbatch, arrived.pop(after.microbatch, {}), batches, prepared, grad)
-                    if loss is not None:
-                        total = (
-                            total + loss.detach().to(total.dtype)
-                            if total.dtype == loss.dtype
-                            else loss.detach() + total
-                        )
+                    loss = self._forward(after.microbatch, {**batches[after.microbatch], **prepared}, shapes)
+                    total = loss if total is None else total + loss if loss is not None else total
                 else:
                     self.before_backward(position == last)
-                    self._backward(after.microbatch, arrived.pop(~after.microbatch, {}))
+                    self._backward(after.microbatch)
+                    self.after_backward()
             except Exception as error:
-                raise self._failure(after, error, "") from error
-            if not grad:
-                self.live.pop(after.microbatch - 1, None)
-        for work, _ in sending:
-            work.wait()
-        self.live.clear()
-        self.gradients.clear()
+                raise self._failure(after, error, "in ") from error
+        while self.sending:
+            self._wait_for_oldest()
         return total
 
-    def _failure(self, action: Action, error: Exception, doing: str) -> RankError:
-        kind = "forward" if action.kind == "F" else "backward"
-        name = f"{self.index}{action.kind}{action.microbatch}"
+    def _failure(self, action: Action | None, error: Exception, where: str) -> RankError:
+        assert action is not None
+        kind = {"F": "forward", "B": "backward"}[action.kind]
         return RankError(
-            f"rank {self.groups.rank} failed in {doing}{name} {kind} of stage {self.index}, microbatch "
-            f"{action.microbatch}: "
-            f"{type(error).__name__}: {error}"
+            f"rank {self.groups.rank} failed {where}{self.index}{action.kind}{action.microbatch} {kind} of stage "
+            f"{self.index}, microbatch {action.microbatch}: {type(error).__name__}: {error}"
         )
 
     # Messages
 
-    def _exchange(
-        self,
-        before: Action | None,
-        after: Action | None,
-        arrived: dict[int, dict[str, torch.Tensor]],
-        symbols: Mapping[str, int],
-    ) -> list[tuple[Any, Any]]:
+    def _exchange(self, before: Action | None, after: Action | None, shapes: Shapes) -> None:
         """Start the sends after one action and the receives before the next together; wait for what is received."""
+        tensors: list[torch.Tensor] = []
         operations: list[dist.P2POp] = []
-        if before is not None:
-            operations += [
-                dist.P2POp(dist.isend, tensor, peer) for peer in before.sends for tensor in self._outgoing(before, peer)
-            ]
-        sends = len(operations)
+        if before is not None and before.sends:
+            for peer, tensor in self._outgoing(before):
+                tensors.append(tensor)
+                operations.append(self._operation(dist.isend, tensor, peer))
+        num_sends = len(operations)
         if after is not None and after.receives:
-            buffers: dict[str, torch.Tensor] = {}
             for peer in after.receives:
-                for name, buffer in self._incoming(after, peer, symbols):
-                    buffers[name if after.kind == "F" else f"{peer}:{name}"] = buffer
-                    operations.append(dist.P2POp(dist.irecv, buffer, peer))
-            arrived[after.microbatch if after.kind == "F" else ~after.microbatch] = buffers
+                operations += self._incoming(after, peer, shapes)
         if not operations:
-            return []
+            return
         works = dist.batch_isend_irecv(operations)
-        if len(works) != len(operations):  # NCCL coalesces a batch into one
+        if len(works) != len(operations):  # NCCL makes one of a batch
             for work in works:
                 work.wait()
-            return []
-        for work in works[sends:]:
+            return
+        for work in works[num_sends:]:
             work.wait()
-        return [(work, operation) for work, operation in zip(works[:sends], operations[:sends], strict=True)]
+        if num_sends:
+            # A schedule is proven as if every exchange waited for its sends. Waiting a little later lets this rank go
+            # on, and keeps what is being sent from piling up.
+            self.sending.append(list(zip(works[:num_sends], tensors, strict=True)))
+            if len(self.sending) > self.groups.size("pp"):
+                self._wait_for_oldest()
 
-    def _stage_of(self, rank: int) -> int:
-        for stage in range(self.groups.size("pp")):
-            if self._peer(stage) == rank:
-                return stage
-        raise RankError(f"rank {rank} is no peer of rank {self.groups.rank}")
+    def _wait_for_oldest(self) -> None:
+        for work, _ in self.sending.popleft():
+            work.wait()
 
-    def _peer(self, stage: int) -> int:
-        return rank_at(self.groups.sizes, {**self.groups.coordinates, "pp": stage})
+    def _operation(self, kind: Any, tensor: torch.Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(kind, tensor, peer, group=self.groups.group(["pp"]))
 
-    def _outgoing(self, action: Action, peer: int) -> list[torch.Tensor]:
-        stage = self._stage_of(peer)
-        if action.kind == "F":
-            sent = self.live[action.microbatch].sent
-            return [
-                sent[name].detach().contiguous() for name, edge in self.entry["sends"].items() if stage in edge["to"]
-            ]
-        gradients = (
-            self.gradients.pop(action.microbatch) if peer == action.sends[-1] else self.gradients[action.microbatch]
-        )
-        return [
-            gradients[n].contiguous()
-            for n, e in self.entry["receives"].items()
-            if e["from"] == stage and e["requires_grad"]
-        ]
-
-    def _incoming(self, action: Action, peer: int, symbols: Mapping[str, int]) -> list[tuple[str, torch.Tensor]]:
-        stage = self._stage_of(peer)
-        if action.kind == "F":
-            edges = [(n, e) for n, e in self._sends_of(stage) if self.index in e["to"]]
+    def _outgoing(self, action: Action) -> list[tuple[int, torch.Tensor]]:
+        """What an action sends, by peer; afterwards a gradient, and without backward a result, has no other owner."""
+        if action.kind == "B":
+            values: Mapping[str, torch.Tensor] = self.gradients.pop(action.microbatch)
         else:
-            edges = [(n, e) for n, e in self._receives_of(stage) if e["from"] == self.index and e["requires_grad"]]
-        sizes = {**self.groups.sizes, "mb": self.groups.microbatches}
+            live = self.live[action.microbatch] if self.grad else self.live.pop(action.microbatch)
+            values = live.results
         return [
-            (
-                name,
-                torch.empty(
-                    local_shape(edge["shape"], edge["types"], symbols, sizes),
-                    dtype=getattr(torch, edge["dtype"]),
-                    device=self.groups.device,
-                ),
-            )
-            for name, edge in edges
+            (peer, values[edge.name].detach().contiguous())
+            for peer in action.sends
+            for edge in self.messages.outgoing[action.kind, peer]
         ]
 
-    def _sends_of(self, stage: int) -> list[tuple[str, Any]]:
-        return list(self.manifest["stages"][stage]["sends"].items())
-
-    def _receives_of(self, stage: int) -> list[tuple[str, Any]]:
-        return list(self.manifest["stages"][stage]["receives"].items())
+    def _incoming(self, action: Action, peer: int, shapes: Shapes) -> list[dist.P2POp]:
+        """Room for what a peer sends. Gradients from several peers are added up in the order of the peers."""
+        arrived = self.arrived.setdefault((action.kind, action.microbatch), {})
+        operations = []
+        for edge in self.messages.incoming[action.kind, peer]:
+            buffer = torch.empty(shapes[edge.name], dtype=edge.dtype, device=self.groups.device)
+            arrived[edge.name if action.kind == "F" else f"{edge.name} from {peer}"] = buffer
+            operations.append(self._operation(dist.irecv, buffer, peer))
+        return operations
 
     # Computation
 
-    def _forward(
-        self,
-        microbatch: int,
-        received: dict[str, torch.Tensor],
-        batches: Sequence[Tensors],
-        prepared: Tensors,
-        grad: bool,
-    ) -> torch.Tensor | None:
-        for name, tensor in received.items():
-            if grad and self.entry["receives"][name]["requires_grad"]:
-                tensor.requires_grad_()
-        available = {**batches[microbatch], **prepared, **received}
-        result = self.stage(**{name: available[name] for name in self.arguments})
-        names = list(self.entry["sends"])
-        if self.index == self.manifest["loss"]["stage"]:
-            self.live[microbatch] = Live(received=received, sent={}, loss=result)
-            return result  # type: ignore[no-any-return]
+    def _forward(self, microbatch: int, available: Values, shapes: Shapes) -> torch.Tensor | None:
+        received = self.arrived.pop(("F", microbatch), {})
+        if self.grad:
+            for name, tensor in received.items():
+                tensor.requires_grad_(self.messages.received[name].requires_grad)
+        result = self.stage(**{name: (received if name in received else available)[name] for name in self.arguments})
+        if self.has_loss:
+            loss = result / self.loss_parts if self.loss_parts > 1 else result
+            if self.grad:
+                self.live[microbatch] = Live(received=received, results={}, loss=loss)
+            return loss.detach()  # type: ignore[no-any-return]
         results = result if isinstance(result, tuple) else (result,)
-        self.live[microbatch] = Live(received=received, sent=dict(zip(names, results, strict=True)), loss=None)
+        if len(results) != len(self.messages.sent):
+            raise BundleError(
+                f"the forward of stage {self.index} returns {len(results)} values, the manifest says "
+                f"{', '.join(self.messages.sent)}"
+            )
+        named = dict(zip(self.messages.sent, results, strict=True))
+        self.messages.check(named, shapes)
+        self.live[microbatch] = Live(received=received, results=named, loss=None)
         return None
 
-    def _backward(self, microbatch: int, arrived: Mapping[str, torch.Tensor]) -> None:
+    def _backward(self, microbatch: int) -> None:
         live = self.live.pop(microbatch)
+        gradients: dict[str, torch.Tensor] = {}
+        for key, gradient in self.arrived.pop(("B", microbatch), {}).items():
+            name = key.partition(" ")[0]
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        roots = [(live.results[name], gradient) for name, gradient in gradients.items()]
         if live.loss is not None:
-            live.loss.backward()
-        else:
-            totals: dict[str, torch.Tensor] = {}
-            for key, tensor in arrived.items():
-                name = key.partition(":")[2]
-                totals[name] = totals[name] + tensor if name in totals else tensor
-            names = [name for name in live.sent if name in totals and live.sent[name].requires_grad]
-            torch.autograd.backward([live.sent[n] for n in names], [totals[n] for n in names])
+            roots.append((live.loss, torch.ones_like(live.loss)))
+        roots = [(tensor, gradient) for tensor, gradient in roots if tensor.requires_grad]
+        if roots:
+            torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
         self.gradients[microbatch] = {
             name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
             for name, tensor in live.received.items()
             if tensor.requires_grad
         }
-
-
-def symbols_of(inputs: Mapping[str, Any], part: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
-    """The symbolic sizes of a step's global batch from this replica's part. Raises PlanError where inputs
-    contradict.
-    """
-    found: dict[str, int] = {}
-    for name, entry in inputs.items():
-        tensor = part.get(name)
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        if tensor.ndim != len(entry["shape"]):
-            raise PlanError(
-                f"{name!r} has {tensor.ndim} dims; the program was compiled for {len(entry['shape'])}: {entry['shape']}"
-            )
-        for dim, size in enumerate(entry["shape"]):
-            actual = tensor.shape[dim] * (sizes.get("dp", 1) if dim == 0 and "dp" in entry["types"] else 1)
-            expected = found.setdefault(size, actual) if isinstance(size, str) and size.isidentifier() else size
-            if isinstance(expected, int) and expected != actual:
-                raise PlanError(
-                    f"{name!r} has size {actual} in dim {dim}, where the program expects {expected} ({size})"
-                )
-    return found

@@ -1,120 +1,114 @@
 """Whole tensors on every rank, by the model's names: for looking, comparing and exporting."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from meshwright.runtime.errors import RankError
-from meshwright.runtime.groups import Groups, coordinates_of, num_ranks
-from meshwright.runtime.layout import Piece, parse, piece_of
-from meshwright.runtime.parameters import Held, Weights
+from meshwright.runtime.groups import Groups, num_ranks, rank_at
+from meshwright.runtime.layout import Piece, Split, parse, piece_of
+from meshwright.runtime.parameters import Segment, whole
+from meshwright.runtime.weights import Weights
 
 TOLERANCE = 1e-6
+"""How much replicas that must agree may differ, relative to the largest element."""
+
+Local = Mapping[tuple[str, Segment | None], torch.Tensor]
+"""A rank's pieces by name and segment."""
 
 
 def gather(
-    manifest: Mapping[str, Any], groups: Groups, held: Sequence[Held], local: Mapping[int, torch.Tensor], what: str
-) -> dict[str, torch.Tensor]:
-    """The whole tensor of every parameter that has a local one, assembled from one holder of every piece.
+    manifest: Mapping[str, Any], groups: Groups, names: Iterable[str], local: Local, what: str
+) -> dict[str, Any]:
+    """The whole tensor of every parameter in ``names``, put together from one holder of every piece.
 
-    Raises RankError with the name of a parameter on which ranks that must agree differ by more than 1e-6 (relative).
+    Raises RankError with the names of parameters on which ranks that must agree differ by more than 1e-6 (relative).
     """
-    mine = {(h.name, h.segment): local[id(h)] for h in held if id(h) in local}
-    whole: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
     different: list[str] = []
-    for name, entry in manifest["parameters"].items():
-        if not entry["stages"] or (what == "gradient" and not entry.get("trainable", True)):
-            continue
-        result = torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=groups.device)
+    for name in names:
+        entry = manifest["parameters"][name]
+        result[name] = torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=groups.device)
         for part in entry.get("segments") or [None]:
             segment = (part["dim"], part["start"], part["length"]) if part else None
             types = {**entry["types"], **(part["types"] if part else {})}
-            different += _fill(result, name, segment, types, entry, groups, mine)
-        whole[name] = result
+            mine = local.get((name, segment))
+            for rank, piece, is_mine in _pieces(entry, segment, types, groups):
+                value = _sent(mine if is_mine else None, piece, rank, result[name], groups)
+                piece.place(value, result[name])
+                if is_mine and mine is not None and not _agree(mine, value):
+                    different.append(f"{name} (rank {groups.rank} against rank {rank})")
     _raise_together(different, groups, what)
-    return whole
+    return result
 
 
-def _fill(
-    result: torch.Tensor,
-    name: str,
-    segment: tuple[int, int, int] | None,
-    types: Mapping[str, str],
-    entry: Mapping[str, Any],
-    groups: Groups,
-    mine: Mapping[tuple[str, Any], torch.Tensor],
-) -> list[str]:
-    """Place every distinct piece, sent by the first rank that holds it, and compare it with one's own."""
-    use = {axis: parse(text)[1] for axis, text in types.items()}
-    seen: dict[tuple[Any, ...], tuple[int, Piece]] = {}
-    own: tuple[Any, ...] | None = None
-    for rank in range(num_ranks(groups.sizes)):
-        at = coordinates_of(groups.sizes, rank)
-        if at.get("pp", 0) not in entry["stages"]:
-            continue
-        piece = piece_of(entry["shape"], segment, use, at, groups.sizes)
-        seen.setdefault(piece.runs, (rank, piece))
-        if rank == groups.rank:
-            own = piece.runs
-    different = []
-    for runs, (rank, piece) in seen.items():
-        held = mine.get((name, segment)) if runs == own else None
-        value = (
-            held.detach().clone().contiguous()
-            if held is not None and rank == groups.rank
-            else result.new_empty(piece.local_shape)
-        )
-        if num_ranks(groups.sizes) > 1:
-            dist.broadcast(value, src=rank)
-        piece.place(value, result)
-        if held is not None and rank != groups.rank:
-            scale = value.abs().max() if value.numel() else 0
-            if value.numel() and not bool((held - value).abs().max() <= TOLERANCE * scale + 1e-12):
-                different.append(f"{name} (rank {groups.rank} against rank {rank})")
-    return different
+def _pieces(
+    entry: Mapping[str, Any], segment: Segment | None, types: Mapping[str, str], groups: Groups
+) -> list[tuple[int, Piece, bool]]:
+    """Every distinct piece with the first rank that holds it, and whether this rank holds the same one."""
+    used = {axis: parse(text)[1] for axis, text in types.items()}
+    axes = [axis for axis in groups.sizes if isinstance(used.get(axis), Split)]
+    first = {axis: 0 for axis in groups.sizes} | ({"pp": entry["stages"][0]} if "pp" in groups.sizes else {})
+    found = []
+    for indices in itertools.product(*(range(groups.sizes[axis]) for axis in axes)):
+        at = first | dict(zip(axes, indices, strict=True))
+        piece = piece_of(entry["shape"], segment, used, at, groups.sizes)
+        mine = groups.index("pp") in entry["stages"] and all(groups.index(axis) == at[axis] for axis in axes)
+        found.append((rank_at(groups.sizes, at), piece, mine))
+    return found
+
+
+def _sent(mine: torch.Tensor | None, piece: Piece, rank: int, like: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """A piece on every rank, sent by ``rank``."""
+    own = mine is not None and rank == groups.rank
+    value = mine.detach().clone().contiguous() if own and mine is not None else like.new_empty(piece.local_shape)
+    if num_ranks(groups.sizes) > 1 and value.numel():
+        dist.broadcast(value, src=rank)
+    return value
+
+
+def _agree(mine: torch.Tensor, sent: torch.Tensor) -> bool:
+    limit = TOLERANCE * float(sent.abs().amax()) if sent.numel() else 0.0
+    return torch.allclose(mine, sent, rtol=0.0, atol=limit + 1e-12, equal_nan=True)
 
 
 def _raise_together(different: list[str], groups: Groups, what: str) -> None:
-    found: list[list[str]] = [different]
+    """Raise on every rank what any of them found."""
+    found = [different]
     if num_ranks(groups.sizes) > 1:
         found = [[] for _ in range(num_ranks(groups.sizes))]
         dist.all_gather_object(found, different)
     names = [name for rank in found for name in rank]
     if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise RankError(
-            f"the {what}s of replicas that must agree differ: {', '.join(names[:5])}"
-            f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}\n"
-            "  a conversion is missing in a stage file (see the types in its margins), or replicas were "
-            "fed different data"
+            f"the {what}s of replicas that must agree differ: {', '.join(names[:5])}{more}\n"
+            "  a conversion is missing in a stage file (see the types in its margin), or replicas got different data"
         )
 
 
-def gather_buffers(
-    manifest: Mapping[str, Any], groups: Groups, local: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The persistent buffers, each sent by the first rank that holds it."""
-    whole: dict[str, torch.Tensor] = {}
+def gather_buffers(manifest: Mapping[str, Any], groups: Groups, local: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The persistent buffers that a stage uses, each sent by the first rank that holds it."""
+    result: dict[str, torch.Tensor] = {}
     for name, entry in manifest["buffers"].items():
-        if not entry["persistent"]:
+        if not entry["persistent"] or not entry["stages"]:
             continue
-        source = next(
-            r for r in range(num_ranks(groups.sizes)) if coordinates_of(groups.sizes, r).get("pp", 0) in entry["stages"]
-        )
+        source = rank_at(groups.sizes, {axis: entry["stages"][0] if axis == "pp" else 0 for axis in groups.sizes})
         empty = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=groups.device)
-        whole[name] = local[name].clone() if source == groups.rank else empty
+        result[name] = local[name].clone().contiguous() if source == groups.rank else empty
         if num_ranks(groups.sizes) > 1:
-            dist.broadcast(whole[name], src=source)
-    return whole
+            dist.broadcast(result[name], src=source)
+    return result
 
 
-def complete(manifest: Mapping[str, Any], whole: dict[str, torch.Tensor], source: Weights) -> dict[str, torch.Tensor]:
-    """Add what no stage uses, as it was at the start, and the further names of tied tensors."""
+def complete(manifest: Mapping[str, Any], found: dict[str, torch.Tensor], source: Weights) -> dict[str, torch.Tensor]:
+    """Add the parameters that no stage uses, as they were at the start, and the further names of tied ones."""
     for name, entry in manifest["parameters"].items():
-        if name not in whole:
-            piece = piece_of(entry["shape"], None, {}, {}, {})
-            whole[name] = source.read(name, piece, getattr(torch, entry["dtype"]), entry.get("init"))
+        if name not in found:
+            found[name] = source.read(name, entry, whole(entry))
         for alias in entry.get("aliases", ()):
-            whole[alias] = whole[name]
-    return whole
+            found[alias] = found[name]
+    return found

@@ -1,7 +1,7 @@
 """The ranks of a mesh and their process groups."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,10 +14,12 @@ import torch.distributed as dist
 from meshwright.runtime.errors import PlanError
 
 TIMEOUT = 300.0
+"""Seconds that a collective may take; the environment's MESHWRIGHT_TIMEOUT overrides."""
 
-# torch 2.13 renames these two; both names do the same.
-all_gather_flat: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_flat: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+Stages = tuple[int, ...] | None
+"""The pipeline stages that a group is limited to; None: not limited."""
 
 
 @dataclass(slots=True)
@@ -32,46 +34,59 @@ class Groups:
     device: torch.device
     microbatches: int
     coordinates: Mapping[str, int] = field(init=False)
-    made: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.coordinates = coordinates_of(self.sizes, self.rank)
 
     def size(self, axis: str) -> int:
+        """The number of pieces on an axis, "mb" included; 1 for an axis that the mesh does not have."""
         return self.microbatches if axis == "mb" else self.sizes.get(axis, 1)
 
-    def make(self, axes: Iterable[str], stages: Sequence[int] | None = None) -> None:
-        """Create the groups over ``axes`` (of the given pipeline stages). Every rank calls this in the same order."""
-        key = _key(axes, stages)
-        if key in self.made or self._count(key, stages) == 1:
+    def index(self, axis: str) -> int:
+        """This rank's coordinate; 0 on an axis that the mesh does not have."""
+        return self.coordinates.get(axis, 0)
+
+    def make(self, axes: Iterable[str], stages: Stages = None) -> None:
+        """Create the groups over ``axes`` (between the given stages only). Every rank calls this in the same order."""
+        key = self._key(axes, stages)
+        if key is None or key in self.made:
             return
-        groups: dict[tuple[int, ...], list[int]] = {}
-        count = num_ranks(self.sizes)
-        for rank in range(count):
-            at = coordinates_of(self.sizes, rank)
-            if stages is not None and at.get("pp", 0) not in stages:
-                continue
-            fixed = tuple(at[a] for a in self.sizes if a not in axes)
-            groups.setdefault(fixed, []).append(rank)
-        for ranks in groups.values():
-            group = dist.new_group(ranks) if len(ranks) < count else dist.group.WORLD
-            if self.rank in ranks:
-                self.made[key] = group
+        # Only members meet to make a group: thousands of groups elsewhere cost this rank nothing. Torch names such a
+        # group by how many the process has, so a rank that is in none makes one of its own to keep in step.
+        ranks = self._members(*key) or [self.rank]
+        if len(ranks) == num_ranks(self.sizes):
+            self.made[key] = dist.group.WORLD
+        else:
+            group = dist.new_group(ranks, timeout=time_limit(), use_local_synchronization=True)
+            self.made[key] = group if len(ranks) > 1 else None
+        if self.device.type == "cuda" and self.made[key] is not None:
+            # The first use connects all members; messages between some of them must not be the first.
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self.made[key])
 
-    def _count(self, key: tuple[str, ...], stages: Sequence[int] | None) -> int:
-        count = 1
-        for axis in key:
-            if axis in self.sizes:
-                count *= len(stages) if axis == "pp" and stages is not None else self.sizes[axis]
-        return count
+    def group(self, axes: Iterable[str], stages: Stages = None) -> Any:
+        """The process group over ``axes``, or None where it has one rank. Raises KeyError if it was never made."""
+        key = self._key(axes, stages)
+        return None if key is None else self.made[key]
 
-    def group(self, axes: Iterable[str], stages: Sequence[int] | None = None) -> Any:
-        """The process group over ``axes``, or None where it has one rank."""
-        return self.made.get(_key(axes, stages))
+    def _key(self, axes: Iterable[str], stages: Stages) -> tuple[tuple[str, ...], Stages] | None:
+        """The axes that have more than one rank, and the stages if "pp" is among them; None where nothing is left."""
+        given = set(axes)
+        wide = tuple(axis for axis in self.sizes if axis in given and self.sizes[axis] > 1)
+        limited = stages if "pp" in wide else None
+        if limited is not None and len(limited) == 1:
+            wide, limited = tuple(axis for axis in wide if axis != "pp"), None
+        return (wide, limited) if wide else None
 
-
-def _key(axes: Iterable[str], stages: Sequence[int] | None) -> tuple[str, ...]:
-    return (*sorted(axes), *(() if stages is None else (f"stages {','.join(map(str, stages))}",)))
+    def _members(self, axes: tuple[str, ...], stages: Stages) -> list[int]:
+        """The ranks that differ from this one on ``axes`` alone; none where this one is not in ``stages``."""
+        if stages is not None and self.index("pp") not in stages:
+            return []
+        found = [self.coordinates]
+        for axis in axes:
+            values = stages if axis == "pp" and stages is not None else range(self.sizes[axis])
+            found = [{**at, axis: value} for at in found for value in values]
+        return sorted(rank_at(self.sizes, at) for at in found)
 
 
 def num_ranks(sizes: Mapping[str, int]) -> int:
@@ -98,11 +113,17 @@ def rank_at(sizes: Mapping[str, int], at: Mapping[str, int]) -> int:
     return rank
 
 
+def along(sizes: Mapping[str, int], rank: int, axis: str) -> tuple[int, ...]:
+    """The ranks that differ from ``rank`` on ``axis`` alone, ``rank`` included, in the order of the axis."""
+    at = coordinates_of(sizes, rank)
+    return tuple(rank_at(sizes, {**at, axis: index}) for index in range(sizes[axis]))
+
+
 _CURRENT: ContextVar[Groups | None] = ContextVar("meshwright_groups", default=None)
 
 
 @contextmanager
-def using(groups: Groups) -> Any:
+def using(groups: Groups) -> Iterator[Groups]:
     """Collectives inside this context look their axes up in ``groups``."""
     before = _CURRENT.set(groups)
     try:
@@ -119,31 +140,50 @@ def current() -> Groups:
     return groups
 
 
+def time_limit() -> timedelta:
+    """How long a collective may take. Raises PlanError for a MESHWRIGHT_TIMEOUT that is no number."""
+    text = os.environ.get("MESHWRIGHT_TIMEOUT", str(TIMEOUT))
+    try:
+        return timedelta(seconds=float(text))
+    except ValueError:
+        raise PlanError(f"MESHWRIGHT_TIMEOUT={text!r} is no number of seconds") from None
+
+
 def start(sizes: Mapping[str, int], microbatches: int, device: str | torch.device | None) -> Groups:
     """Join the process group (from torchrun's environment unless it exists) and place this process in the mesh.
 
-    The backend follows the device: gloo for the CPU, NCCL for CUDA. Raises PlanError when the number of processes is
-    not
-    the mesh's, before any process waits on another.
+    The backend follows the device: gloo for the CPU, NCCL for CUDA. Raises PlanError for a number of processes that is
+    not the mesh's, and for a device that this process cannot have, before any process waits on another.
     """
     needed = num_ranks(sizes)
-    mesh = ", ".join(f"{axis}={size}" for axis, size in sizes.items()) or "one rank"
     started = dist.is_initialized()
     world = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
     if world != needed:
+        mesh = ", ".join(f"{axis}={size}" for axis, size in sizes.items()) or "one rank"
         raise PlanError(
             f"the bundle is for {needed} processes ({mesh}) and was launched with {world}\n"
             f"  torchrun --nproc-per-node {needed} train.py"
         )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= 1 else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index)
-        torch.cuda.set_device(chosen)
+    chosen = _device(device)
     if not started and world > 1:
-        timeout = timedelta(seconds=float(os.environ.get("MESHWRIGHT_TIMEOUT", TIMEOUT)))
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, device_id=chosen if backend == "nccl" else None)
+        bound = chosen if chosen.type == "cuda" else None
+        dist.init_process_group(BACKENDS[chosen.type], timeout=time_limit(), device_id=bound)
     rank = dist.get_rank() if world > 1 else 0
     return Groups(sizes=sizes, rank=rank, device=chosen, microbatches=microbatches)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device of this process: the one asked for, else its CUDA device, else the CPU. Raises PlanError."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type not in BACKENDS:
+        raise PlanError(f"cannot train on the device {chosen}: the devices are {', '.join(BACKENDS)}")
+    if chosen.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise PlanError(
+                f"this process wants CUDA device {index}, and the machine has {torch.cuda.device_count()}\n"
+                "  launch fewer processes per machine, or run on the CPU with --device cpu"
+            )
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    return chosen

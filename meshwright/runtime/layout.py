@@ -124,7 +124,9 @@ def evaluate(size: int | str, symbols: Mapping[str, int]) -> int:
                 return left - right
             if isinstance(node.op, ast.Mult):
                 return left * right
-            if isinstance(node.op, (ast.FloorDiv, ast.Div)) and right and left % right == 0:
+            if isinstance(node.op, ast.FloorDiv) and right:
+                return left // right
+            if isinstance(node.op, ast.Div) and right and left % right == 0:
                 return left // right
         raise BundleError(f"cannot read the size {size!r} with {', '.join(symbols) or 'no symbols'}")
 
@@ -134,10 +136,13 @@ def evaluate(size: int | str, symbols: Mapping[str, int]) -> int:
 def local_shape(
     shape: Sequence[int | str], types: Mapping[str, str], symbols: Mapping[str, int], sizes: Mapping[str, int]
 ) -> tuple[int, ...]:
-    """The shape of a piece: every split dim divided by its axes' sizes."""
+    """The shape of a piece: every split dim divided by its axes' sizes. Raises BundleError where they do not divide."""
     local = [evaluate(size, symbols) for size in shape]
     for axis, text in types.items():
         type_ = parse(text)[1]
         if isinstance(type_, Split):
-            local[type_.dim] //= sizes.get(axis, 1)
+            pieces = sizes.get(axis, 1)
+            if local[type_.dim] % pieces:
+                raise BundleError(f"cannot cut dim {type_.dim} of {tuple(shape)} in {pieces} equal pieces over {axis}")
+            local[type_.dim] //= pieces
     return tuple(local)

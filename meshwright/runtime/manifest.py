@@ -9,13 +9,14 @@ from typing import Any
 
 from meshwright.runtime.actions import Action, parse, to_ranks
 from meshwright.runtime.errors import BundleError
-from meshwright.runtime.groups import coordinates_of, rank_at
+from meshwright.runtime.groups import along, coordinates_of
+from meshwright.runtime.promises import check_manifest
 
 FORMAT = 1
 
 
 def load_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of the bundle in ``directory``. Raises BundleError."""
+    """The manifest of the bundle in ``directory``. Raises BundleError for one that contradicts itself."""
     path = directory / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
@@ -25,6 +26,10 @@ def load_manifest(directory: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is no JSON: {error}") from error
     if manifest.get("format") != FORMAT:
         raise BundleError(f"{path} has format {manifest.get('format')!r}, this version of Meshwright reads {FORMAT}")
+    try:
+        check_manifest(manifest)
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
     return manifest
 
 
@@ -43,18 +48,19 @@ def stage_class(directory: Path, manifest: Mapping[str, Any], index: int) -> Any
 
 def actions_of(directory: Path, manifest: Mapping[str, Any], rank: int) -> tuple[int, tuple[Action, ...]]:
     """The stage and the actions of a rank: from its file where there is one, else derived. Raises BundleError."""
-    at = coordinates_of(manifest["mesh"], rank)
+    sizes = manifest["mesh"]
+    at = coordinates_of(sizes, rank)
     stage = at.get("pp", 0)
     path = directory / "ranks" / f"rank_{rank:04d}.py"
-    if path.exists():
-        file = runpy.run_path(str(path))
-        for name, expected in (("COORDINATES", at), ("STAGE", stage)):
-            if file.get(name) != expected:
-                raise BundleError(f"{path} says {name} = {file.get(name)!r}, the manifest {expected!r}")
-        try:
-            return stage, parse(file["SCHEDULE"])
-        except (KeyError, ValueError) as error:
-            raise BundleError(f"{path}: cannot read SCHEDULE: {error}") from error
-    actions = parse(manifest["stages"][stage]["schedule"], "stage")
-    peers = [rank_at(manifest["mesh"], {**at, "pp": k}) for k in range(len(manifest["stages"]))]
-    return stage, to_ranks(actions, peers)
+    if not path.exists():
+        peers = along(sizes, rank, "pp") if "pp" in sizes else (rank,)
+        return stage, to_ranks(parse(manifest["stages"][stage]["schedule"], "stage"), peers)
+    file = runpy.run_path(str(path))
+    groups = {axis: along(sizes, rank, axis) for axis in sizes}
+    for name, expected in (("COORDINATES", at), ("GROUPS", groups), ("STAGE", stage)):
+        if file.get(name) != expected:
+            raise BundleError(f"{path} says {name} = {file.get(name)!r}, the manifest says {expected!r}")
+    try:
+        return stage, parse(file["SCHEDULE"])
+    except (KeyError, ValueError) as error:
+        raise BundleError(f"{path}: cannot read SCHEDULE: {error}") from error

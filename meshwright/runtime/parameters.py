@@ -1,31 +1,27 @@
 """A rank's parameters: what ``param`` in a stage file declares, checked against the manifest and cut from the whole."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from meshwright.runtime.errors import BundleError
 from meshwright.runtime.groups import Groups
 from meshwright.runtime.layout import Piece, Split, parse, piece_of
+from meshwright.runtime.weights import Weights
 
 Segment = tuple[int, int, int]
+"""(dim, start, length): a part of a parameter that has types of its own."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Held:
-    """One declared parameter (or segment) on this rank.
+    """One declared parameter, or segment of one, on this rank.
 
     parameter: the piece in use. piece: where it lies in the whole. pending: axes over which its gradient is to be
-    summed;
-    scattered: whether it rests in pieces over dp (ZeRO-3). stages: all stages that hold it. scope: the module that
-    declared it.
+    summed. scattered: whether it rests in pieces over dp (ZeRO-3). stages: all stages that hold it. types: as declared.
     """
 
     name: str
@@ -36,7 +32,7 @@ class Held:
     scattered: bool
     stages: tuple[int, ...]
     trainable: bool
-    scope: str
+    types: Mapping[str, str]
 
     @property
     def label(self) -> str:
@@ -49,13 +45,25 @@ class Held:
 
 @dataclass(slots=True, kw_only=True)
 class Declared:
-    """What a stage declared so far."""
+    """What the file of stage ``index`` declared so far. ``source``: of parameters; ``own``: the bundle's weights."""
 
     manifest: Mapping[str, Any]
+    index: int
     groups: Groups
-    source: "Weights"
-    held: list[Held] = field(default_factory=list)
+    source: Weights
+    own: Weights
+    held: dict[tuple[str, Segment | None], Held] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def check_complete(self) -> None:
+        """Raises BundleError for a parameter that the manifest places on this stage and the file does not declare."""
+        for name, entry in self.manifest["parameters"].items():
+            parts: list[Segment | None] = [_segment(part) for part in entry.get("segments", ())] or [None]
+            if self.index in entry["stages"] and any((name, part) not in self.held for part in parts):
+                raise BundleError(
+                    f"{name!r} is on stage {self.index} in the manifest, and the stage file does not declare "
+                    f"{'all its segments' if entry.get('segments') else 'it'}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,155 +73,108 @@ class Param:
     declared: Declared
     prefix: str = ""
     types: Mapping[str, str] = field(default_factory=dict)
-    scope_name: str = ""
 
     def typed(self, **types: str) -> "Param":
         """The same with types that hold for every parameter declared through it, unless one says otherwise itself."""
         return replace(self, types={**self.types, **types})
 
     def scope(self, path: str) -> "Param":
-        """The same for the parameters below ``path``; what is declared through it is one unit (of gathering, of
-        buckets).
-        """
-        return replace(self, prefix=f"{self.prefix}{path}.", scope_name=f"{self.prefix}{path}")
+        """The same for the parameters below the module ``path``."""
+        return replace(self, prefix=f"{self.prefix}{path}.")
 
     def __call__(
-        self, name: str, shape: Sequence[int], *, segment: Segment | None = None, **types: str
+        self, name: str, shape: Sequence[int], *, segment: Sequence[int] | None = None, **types: str
     ) -> nn.Parameter:
-        """The piece in use of a parameter of whole ``shape``. Raises BundleError where the manifest says otherwise."""
+        """This rank's piece in use of the parameter ``name`` of whole ``shape``, or of its ``segment``.
+
+        types: axis -> type at rest and in use; an axis without is "I". The same name gives the same piece again.
+        Raises BundleError where the manifest says otherwise.
+        """
         full = self.prefix + name
-        entry = self._entry("parameters", full)
-        given = {**self.types, **types}
-        self._check_shape(full, entry, shape)
-        promised = dict(entry["types"])
-        if segment is not None:
-            matching = [s for s in entry.get("segments", ()) if (s["dim"], s["start"], s["length"]) == tuple(segment)]
-            if not matching:
-                raise BundleError(
-                    f"{full}: the stage file declares the segment {tuple(segment)}, which the manifest does not have"
-                )
-            promised |= matching[0]["types"]
-        elif entry.get("segments"):
-            raise BundleError(f"{full}: the manifest has it in segments, the stage file declares it whole")
-        groups = self.declared.groups
-        differs = {a for a in {*given, *promised} if given.get(a, "I") != promised.get(a, "I") and groups.size(a) > 1}
-        if differs:
-            axis = sorted(differs)[0]
-            raise BundleError(
-                f"{full}: the stage file says {axis}={given.get(axis, 'I')!r}, the manifest "
-                f"{axis}={promised.get(axis, 'I')!r}\n"
-                "  the types of parameters are fixed at compilation: change them with pins and compile again"
-            )
-        read = {axis: parse(text) for axis, text in promised.items() if groups.size(axis) > 1}
-        piece = piece_of(shape, segment, {a: use for a, (_, use) in read.items()}, groups.coordinates, groups.sizes)
-        trainable = bool(entry.get("trainable", True))
-        dtype = getattr(torch, entry["dtype"])
-        value = self.declared.source.read(full, piece, dtype, entry.get("init")).to(groups.device)
-        parameter = nn.Parameter(value, requires_grad=trainable)
-        held = Held(
-            name=full,
-            segment=tuple(segment) if segment else None,  # type: ignore[arg-type]
-            parameter=parameter,
-            piece=piece,
-            pending=tuple(a for a in groups.sizes if a in read and read[a][1] == "R" and trainable),
-            scattered=any(a == "dp" and isinstance(rest, Split) and use == "R" for a, (rest, use) in read.items()),
-            stages=tuple(entry["stages"]),
-            trainable=trainable,
-            scope=self.scope_name,
-        )
-        self.declared.held.append(held)
-        return parameter
+        entry = self._entry("parameters", full, shape)
+        part = _triple(segment)
+        promised = self._promised(full, entry, part)
+        self._check_types(full, {**self.types, **types}, promised)
+        if (full, part) not in self.declared.held:
+            self.declared.held[full, part] = self._held(full, entry, part, promised)
+        return self.declared.held[full, part].parameter
 
     def buffer(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """A buffer of the model, whole. Raises BundleError where the manifest says otherwise."""
+        """A buffer of the model, whole. Raises BundleError where the manifest says otherwise or has no value for it."""
         full = self.prefix + name
-        entry = self._entry("buffers", full)
-        self._check_shape(full, entry, shape)
-        piece = piece_of(shape, None, {}, {}, {})
-        value = self.declared.source.read(full, piece, getattr(torch, entry["dtype"]), None, is_buffer=True)
-        self.declared.buffers[full] = value.to(self.declared.groups.device)
+        entry = self._entry("buffers", full, shape)
+        if full not in self.declared.buffers:
+            # A checkpoint that the user names need not have the buffers that are never saved.
+            source = next((s for s in (self.declared.source, self.declared.own) if full in s.files), self.declared.own)
+            value = source.stored(full, whole(entry), getattr(torch, entry["dtype"]))
+            self.declared.buffers[full] = value.to(self.declared.groups.device)
         return self.declared.buffers[full]
 
-    def _entry(self, kind: str, full: str) -> Mapping[str, Any]:
+    def _held(self, full: str, entry: Mapping[str, Any], part: Segment | None, types: Mapping[str, str]) -> Held:
+        groups = self.declared.groups
+        read = {axis: parse(text) for axis, text in types.items() if groups.size(axis) > 1}
+        used = {axis: use for axis, (_, use) in read.items()}
+        piece = piece_of(entry["shape"], part, used, groups.coordinates, groups.sizes)
+        trainable = bool(entry.get("trainable", True))
+        value = self.declared.source.read(full, entry, piece)
+        return Held(
+            name=full,
+            segment=part,
+            parameter=nn.Parameter(value.to(groups.device), requires_grad=trainable),
+            piece=piece,
+            pending=tuple(axis for axis in groups.sizes if used.get(axis) == "R" and trainable),
+            scattered="dp" in read and isinstance(read["dp"][0], Split) and used["dp"] == "R",
+            stages=tuple(entry["stages"]),
+            trainable=trainable,
+            types=types,
+        )
+
+    def _entry(self, kind: str, full: str, shape: Sequence[int]) -> Mapping[str, Any]:
         entries: Mapping[str, Mapping[str, Any]] = self.declared.manifest[kind]
         if full not in entries:
             raise BundleError(f"the stage file declares {full!r}, which is not among the manifest's {kind}")
-        return entries[full]
-
-    def _check_shape(self, full: str, entry: Mapping[str, Any], shape: Sequence[int]) -> None:
+        entry = entries[full]
         if list(shape) != list(entry["shape"]):
             raise BundleError(f"{full}: the stage file says shape {tuple(shape)}, the manifest {tuple(entry['shape'])}")
-
-
-@dataclass(slots=True)
-class Weights:
-    """Where initial values come from: safetensors files, or a seed.
-
-    From a seed every tensor is drawn whole, by its name alone, and cut: the same values on every mesh. How it is
-    drawn is
-    the manifest's ``init``, read off the model's own initialization; without one it is normal(0, 0.02), ones for the
-    weights of norms, zeros for biases. complete: every parameter has to be in the files.
-    """
-
-    directory: Path | None
-    seed: int
-    complete: bool = False
-    index: dict[str, Path] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.directory is None:
-            return
-        path = Path(self.directory)
-        index = path / "index.json" if path.is_dir() else path
-        if path.is_dir() and not index.exists():
-            found = sorted(path.glob("*.index.json"))
-            index = found[0] if found else index
-        if index.exists() and index.suffix == ".json":
-            weight_map = json.loads(index.read_text())["weight_map"]
-            self.index = {name: index.parent / file for name, file in weight_map.items()}
-            return
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not files or not all(f.exists() for f in files):
-            raise BundleError(f"{path} has no weights: a safetensors file, or a directory of them with an index")
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                self.index.update(dict.fromkeys(opened.keys(), file))
-
-    def read(
-        self, name: str, piece: Piece, dtype: torch.dtype, init: Mapping[str, Any] | None, is_buffer: bool = False
-    ) -> torch.Tensor:
-        """A piece of one tensor. Raises BundleError for a tensor that is missing or of another shape."""
-        if name in self.index:
-            with safe_open(self.index[name], "pt") as file:
-                found = file.get_slice(name)
-                if list(found.get_shape()) != list(piece.shape):
-                    raise BundleError(
-                        f"{name} has shape {tuple(found.get_shape())} in {self.index[name]}, the bundle {piece.shape}"
-                    )
-                single = all(len(runs) == 1 for runs in piece.runs)
-                if single and piece.shape:
-                    value = found[tuple(slice(*runs[0]) for runs in piece.runs)]
-                else:
-                    value = piece.cut(file.get_tensor(name))
-                return value.to(dtype).contiguous().clone()  # type: ignore[no-any-return]
-        if is_buffer:
+        if self.declared.index not in entry["stages"]:
             raise BundleError(
-                f"the value of the buffer {name!r} is not in the bundle: emit it from a model with real buffers"
+                f"{full}: the file of stage {self.declared.index} declares it, "
+                f"the manifest has it on stages {', '.join(map(str, entry['stages'])) or 'none'}"
             )
-        if self.complete:
-            raise BundleError(f"{name!r} is not among the weights in {self.directory}")
-        return piece.cut(self._draw(name, piece.shape, dtype, init)).clone()
+        return entry
 
-    def _draw(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, init: Mapping[str, Any] | None
-    ) -> torch.Tensor:
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        whole = torch.empty(shape, dtype=dtype)
-        if init is not None:
-            op, args = init["op"], init["args"]
-            keywords = {} if op == "fill_" else {"generator": generator}
-            return getattr(whole, op)(*args, **keywords)  # type: ignore[no-any-return]
-        if len(shape) >= 2:
-            return whole.normal_(0.0, 0.02, generator=generator)
-        return whole.fill_(0.0 if name.endswith("bias") else 1.0)
+    def _promised(self, full: str, entry: Mapping[str, Any], part: Segment | None) -> dict[str, str]:
+        """The manifest's types of a parameter or segment. Raises BundleError for a segment that it does not have."""
+        types: dict[str, str] = dict(entry["types"])
+        segments = {_segment(s): s["types"] for s in entry.get("segments", ())}
+        if part is None and not segments:
+            return types
+        if part not in segments:
+            have = ", ".join(map(str, segments)) or "none"
+            raise BundleError(f"{full}: the stage file declares the segment {part}, the manifest's segments are {have}")
+        return {**types, **segments[part]}
+
+    def _check_types(self, full: str, given: Mapping[str, str], promised: Mapping[str, str]) -> None:
+        for axis in sorted({*given, *promised}):
+            said, known = given.get(axis, "I"), promised.get(axis, "I")
+            if self.declared.groups.size(axis) > 1 and parse(said) != parse(known):
+                raise BundleError(
+                    f"{full}: the stage file says {axis}={said!r}, the manifest {axis}={known!r}\n"
+                    "  types of parameters are decided when compiling: pin them and compile again"
+                )
+
+
+def whole(entry: Mapping[str, Any]) -> Piece:
+    """All of a tensor."""
+    return piece_of(entry["shape"], None, {}, {}, {})
+
+
+def _segment(part: Mapping[str, Any]) -> Segment:
+    return part["dim"], part["start"], part["length"]
+
+
+def _triple(segment: Sequence[int] | None) -> Segment | None:
+    if segment is None:
+        return None
+    dim, start, length = segment
+    return dim, start, length

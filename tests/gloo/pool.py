@@ -1,94 +1,116 @@
-"""Eight worker processes kept alive over a session: a case costs its own work, not the start of Python and torch."""
+"""Worker processes kept alive over a session: a case costs its own work, not the start of Python and torch."""
 
 import importlib
 import multiprocessing
 import os
-import queue
+import pickle
 import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 SECONDS = 120.0
+GRACE = 6.0
+"""Seconds that the other ranks have to end by themselves after the first failure."""
 
 
-def _worker(index: int, tasks: Any, answers: Any) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def _work(index: int, pipe: Connection) -> None:
+    """Run tasks until the pipe closes; each in a process group of its own."""
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MESHWRIGHT_TIMEOUT": "60"}
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    while (task := tasks.get()) is not None:
-        number, store, size, name, args = task
+    while True:
         try:
-            module, _, function = name.partition(":")
+            store, size, name, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        os.environ["WORLD_SIZE"] = str(size)
+        module, _, function = name.partition(":")
+        try:
             if size > 1:
+                limit = timedelta(seconds=60)
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{store}", rank=index, world_size=size, timeout=timedelta(seconds=60)
+                    "gloo", init_method=f"file://{store}", rank=index, world_size=size, timeout=limit
                 )
-            os.environ["WORLD_SIZE"] = str(size)
-            try:
-                answers.put((number, index, None, getattr(importlib.import_module(module), function)(*args)))
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
+            answer: tuple[str | None, Any] = (None, getattr(importlib.import_module(module), function)(*args))
         except BaseException as error:
-            answers.put((number, index, f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None))
+            answer = (f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None)
+        pipe.send_bytes(pickle.dumps(answer))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+
+    @classmethod
+    def start(cls, index: int) -> "_Worker":
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(index, there), daemon=True)
+        process.start()
+        there.close()
+        return cls(process, here)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join(timeout=5)
+        self.pipe.close()
 
 
 class Pool:
     """``run("module:function", args, ranks=4)`` calls the function on ranks 0 to 3 and returns their results."""
 
-    def __init__(self, size: int = 8):
-        context = multiprocessing.get_context("spawn")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        self.answers = context.Queue()
-        self.tasks = [context.Queue() for _ in range(size)]
-        self.workers = [
-            context.Process(target=_worker, args=(i, self.tasks[i], self.answers), daemon=True) for i in range(size)
-        ]
-        for worker in self.workers:
-            worker.start()
-        self.number = 0
+    def __init__(self) -> None:
+        self.workers: dict[int, _Worker] = {}
 
     def run(self, name: str, args: Sequence[Any] = (), *, ranks: int, seconds: float = SECONDS) -> list[Any]:
         """Results by rank. Raises RuntimeError with the first failure, or when a worker died or time is up."""
-        self.number += 1
         with tempfile.TemporaryDirectory() as directory:
-            store = Path(directory) / "store"
+            task = pickle.dumps((str(Path(directory) / "store"), ranks, name, tuple(args)))
             for index in range(ranks):
-                self.tasks[index].put((self.number, str(store), ranks, name, tuple(args)))
+                if index not in self.workers:
+                    self.workers[index] = _Worker.start(index)
+                self.workers[index].pipe.send_bytes(task)
             results: dict[int, Any] = {}
+            failures: dict[int, str] = {}
             end = time.monotonic() + seconds
-            while len(results) < ranks:
-                try:
-                    number, index, error, result = self.answers.get(timeout=1)
-                except queue.Empty:
-                    dead = [i for i, worker in enumerate(self.workers) if not worker.is_alive()]
-                    if dead or time.monotonic() > end:
-                        self.close()
-                        raise RuntimeError(
-                            f"workers {dead} died" if dead else f"{name} took over {seconds} s"
-                        ) from None
-                    continue
-                if number != self.number:
-                    continue
-                if error is not None:
-                    self.close()
-                    raise RuntimeError(f"rank {index}: {error}")
-                results[index] = result
-        return [results[i] for i in range(ranks)]
+            while len(results) + len(failures) < ranks:
+                busy = {self.workers[i].pipe: i for i in range(ranks) if i not in results and i not in failures}
+                ready = wait(list(busy), timeout=max(0.0, end - time.monotonic()))
+                if not ready:
+                    for index in busy.values():
+                        failures[index] = f"took over {seconds} s" if not failures else "did not end"
+                        self.workers.pop(index).end()
+                for pipe in ready:
+                    index = busy[pipe]  # type: ignore[index]
+                    try:
+                        error, results[index] = pickle.loads(self.workers[index].pipe.recv_bytes())
+                    except (EOFError, OSError):
+                        error = "died"
+                        self.workers.pop(index).end()
+                    if error is not None:
+                        results.pop(index, None)
+                        failures[index] = error
+                        end = min(end, time.monotonic() + GRACE)
+        if failures:
+            told = [index for index, error in failures.items() if error not in ("died", "did not end")]
+            first = told[0] if told else next(iter(failures))
+            raise RuntimeError(f"rank {first}: {failures[first]}")
+        return [results[index] for index in range(ranks)]
 
     def close(self) -> None:
         """End the workers."""
-        for worker in self.workers:
-            worker.kill()
-        for worker in self.workers:
-            worker.join(timeout=5)
-
-    @property
-    def is_alive(self) -> bool:
-        return all(worker.is_alive() for worker in self.workers)
+        for worker in self.workers.values():
+            worker.end()
+        self.workers.clear()

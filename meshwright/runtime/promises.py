@@ -1,0 +1,125 @@
+"""What a manifest promises, checked before anything relies on it: sizes, types, edges and schedules fit each other."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from meshwright.runtime.actions import parse as parse_schedule
+from meshwright.runtime.errors import BundleError
+from meshwright.runtime.layout import Split, parse
+
+KEYS = ("mesh", "plan", "inputs", "loss", "stages", "buffers", "parameters")
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raises BundleError with the first contradiction."""
+    missing = [key for key in KEYS if key not in manifest]
+    if missing:
+        raise BundleError(f"it has no {', '.join(missing)}")
+    _check_mesh(manifest)
+    for name, entry in manifest["inputs"].items():
+        _check_value(manifest, f"input {name!r}", entry)
+    for index, stage in enumerate(manifest["stages"]):
+        _check_stage(manifest, index, stage)
+        _check_schedule(manifest, index, stage)
+    for kind in ("parameters", "buffers"):
+        for name, entry in manifest[kind].items():
+            _check_value(manifest, repr(name), entry)
+            _check_stages(manifest, repr(name), entry["stages"])
+    for name, entry in manifest["parameters"].items():
+        _check_parameter(manifest, name, entry)
+    _check_stages(manifest, "the loss", [manifest["loss"]["stage"]])
+
+
+def _check_mesh(manifest: Mapping[str, Any]) -> None:
+    mesh, stages = manifest["mesh"], manifest["stages"]
+    for axis, size in mesh.items():
+        if not isinstance(size, int) or size < 1:
+            raise BundleError(f"the mesh has {axis}={size!r}: a size is a whole number from 1")
+    if len(stages) != mesh.get("pp", 1):
+        raise BundleError(f"it has {len(stages)} stages for pp={mesh.get('pp', 1)}")
+    ranks = sorted(rank for stage in stages for rank in stage["ranks"])
+    if ranks != list(range(math.prod(mesh.values()))):
+        raise BundleError(f"its stages do not have each of the {math.prod(mesh.values())} ranks of the mesh once")
+    plan = manifest["plan"]
+    if plan["zero"] not in range(4) or plan["microbatches"] < 1:
+        raise BundleError(f"its plan has zero={plan['zero']!r} and microbatches={plan['microbatches']!r}")
+
+
+def _check_value(manifest: Mapping[str, Any], what: str, entry: Mapping[str, Any]) -> None:
+    """The dtype exists, the axes too, and a split dim is one of the shape's."""
+    if not isinstance(getattr(torch, str(entry["dtype"]), None), torch.dtype):
+        raise BundleError(f"{what} has the dtype {entry['dtype']!r}, which torch does not have")
+    parts = [entry.get("types", {}), *(part["types"] for part in entry.get("segments", ()))]
+    for axis, text in ((axis, text) for part in parts for axis, text in part.items()):
+        if axis not in manifest["mesh"] and axis != "mb":
+            raise BundleError(f"{what} has a type on {axis!r}, which is no axis of the mesh")
+        for type_ in parse(text):
+            if isinstance(type_, Split) and type_.dim >= max(1, len(entry["shape"])):
+                raise BundleError(f"{what} of shape {entry['shape']} has the type {text!r} on {axis}: no such dim")
+
+
+def _check_stages(manifest: Mapping[str, Any], what: str, stages: Sequence[int]) -> None:
+    if any(stage not in range(len(manifest["stages"])) for stage in stages):
+        raise BundleError(f"{what} is on stages {stages}, and there are {len(manifest['stages'])}")
+
+
+def _check_stage(manifest: Mapping[str, Any], index: int, stage: Mapping[str, Any]) -> None:
+    """What a stage receives another one sends, as the same."""
+    stages = manifest["stages"]
+    for name in stage["inputs"]:
+        if name not in manifest["inputs"]:
+            raise BundleError(f"stage {index} takes the input {name!r}, which the batch does not have")
+    for name, edge in stage["receives"].items():
+        _check_value(manifest, f"{name!r} for stage {index}", edge)
+        source = edge["from"]
+        sent = stages[source]["sends"].get(name) if source in range(index) else None
+        if sent is None or index not in sent["to"]:
+            raise BundleError(f"stage {index} receives {name!r} from stage {source}, which does not send it there")
+        for key in ("shape", "dtype", "types"):
+            if sent[key] != edge[key]:
+                raise BundleError(f"{name!r} leaves stage {source} with {key} {sent[key]} and arrives as {edge[key]}")
+        if sent.get("requires_grad", True) != edge.get("requires_grad", True):
+            raise BundleError(f"{name!r}: stages {source} and {index} disagree whether its gradient comes back")
+    for name, edge in stage["sends"].items():
+        for peer in edge["to"]:
+            if peer not in range(len(stages)) or name not in stages[peer]["receives"]:
+                raise BundleError(f"stage {index} sends {name!r} to stage {peer}, which does not receive it")
+
+
+def _check_schedule(manifest: Mapping[str, Any], index: int, stage: Mapping[str, Any]) -> None:
+    try:
+        actions = parse_schedule(stage["schedule"], "stage")
+    except ValueError as error:
+        raise BundleError(f"the schedule of stage {index}: {error}") from error
+    wanted = sorted((kind, k) for kind in "BF" for k in range(manifest["plan"]["microbatches"]))
+    if sorted((action.kind, action.microbatch) for action in actions) != wanted:
+        raise BundleError(
+            f"the schedule of stage {index} is not one forward and one backward of each of "
+            f"{manifest['plan']['microbatches']} microbatches: {stage['schedule']}"
+        )
+
+
+def _check_parameter(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> None:
+    """Every piece is equally large; segments are parts of the whole and do not overlap."""
+    shape = entry["shape"]
+    segments = sorted(entry.get("segments", ()), key=lambda part: (part["dim"], part["start"]))
+    for part, following in itertools.pairwise([*segments, None]):
+        stop = part["start"] + part["length"]
+        if stop > shape[part["dim"]] or (following and (following["dim"], following["start"]) < (part["dim"], stop)):
+            raise BundleError(f"the segments of {name!r} of shape {shape} overlap or reach over its end")
+    for part in segments or [None]:
+        lengths = list(shape)
+        if part is not None:
+            lengths[part["dim"]] = part["length"]
+        for axis, text in {**entry["types"], **(part["types"] if part else {})}.items():
+            use, pieces = parse(text)[1], manifest["mesh"].get(axis, 1)
+            if isinstance(use, Split):
+                if lengths[use.dim] % (use.groups * pieces):
+                    raise BundleError(
+                        f"{name!r}: cannot cut dim {use.dim} of {lengths} by {text!r} over {axis}={pieces}"
+                    )
+                lengths[use.dim] //= pieces
