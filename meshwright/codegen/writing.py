@@ -192,10 +192,17 @@ class Writer:
             longest = max(inside, key=lambda n: len(self._text(n).code))
             self.folded.discard(longest)
             self.last_use[longest] = position
-            for operand in operands(longest):
-                self.last_use[operand] = max(self.last_use.get(operand, -1), position)
+            self._release(longest, position - 0.5)
             # Before the line: what the line itself still reads keeps its names.
             self._line(longest, position - 0.5)
+
+    def _release(self, node: fx.Node, position: float) -> None:
+        """What only ``node`` reads is read for the last time at ``position``."""
+        for operand in operands(node):
+            if operand in self.folded:
+                self._release(operand, position)
+            elif len(operand.users) == 1:
+                self.last_use[operand] = position
 
     def _inside(self, node: fx.Node) -> list[fx.Node]:
         """The folded values directly on a node's line."""

@@ -78,7 +78,7 @@ class FalconDecoderLayer(nn.Module):
 
 class Stage(nn.Module):
     """transformer.word_embeddings, transformer.rotary_emb, transformer.h.0-1, transformer.ln_f, lm_head and
-the loss"""
+    the loss"""
 
     def __init__(self, param):
         super().__init__()
@@ -129,10 +129,12 @@ the loss"""
         # cross_entropy                                                                     loss_utils.py:42
         log_sum = logits.logsumexp(1, keepdim=True)                                         # (B*T, 2/tp)
         log_sum = all_gather(log_sum, "tp", dim=1, to="I")                                  # (B*T, 2)  tp S(1) -> I
+        log_sum = log_sum.logsumexp(1)                                                      # (B*T,)  tp I
         start, stop = shard_range(256, "tp")
         elsewhere = (shift_labels < start) | (shift_labels >= stop)                         # (B*T,)
-        loss = logits.gather(1, (shift_labels - start).masked_fill(elsewhere, 0).unsqueeze(1))  # (B*T, 1)  tp P
+        columns = (shift_labels - start).masked_fill(elsewhere, 0)
+        loss = logits.gather(1, columns.unsqueeze(1))                                       # (B*T, 1)  tp P
         label_logit = loss.squeeze(1).masked_fill(elsewhere, 0)                             # (B*T,)  tp P
         label_logit = all_reduce(label_logit, "tp")                                         # (B*T,)  tp P -> I
-        loss = (log_sum.logsumexp(1) - label_logit).masked_fill(shift_labels == -100, 0).sum()  # ()  tp I
-        return loss / (shift_labels != -100).sum()                                          # ()  tp I
+        loss = (log_sum - label_logit).masked_fill(shift_labels == -100, 0)                 # (B*T,)  tp I
+        return loss.sum() / (shift_labels != -100).sum()                                    # ()  tp I

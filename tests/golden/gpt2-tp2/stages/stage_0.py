@@ -66,8 +66,8 @@ class GPT2Block(nn.Module):
         hidden_states = invariant_to_replicated(hidden_states, "tp")                        # (B, T, 64)  tp I -> R
         hidden_states = hidden_states @ self.c_fc_weight + self.c_fc_bias                   # (B, T, 256/tp)
         tanh = torch.tanh((hidden_states + hidden_states.pow(3.0) * 0.044715) * 0.7978845608028654)
-        hidden_states = tanh + 1.0
-        hidden_states = hidden_states * 0.5 * hidden_states
+        hidden_states_2 = tanh + 1.0
+        hidden_states = hidden_states * 0.5 * hidden_states_2
         hidden_states = hidden_states @ self.mlp_c_proj_weight                              # (B, T, 64)  tp P
         hidden_states = all_reduce(hidden_states, "tp")                                     # (B, T, 64)  tp P -> I
         hidden_states = hidden_states + self.mlp_c_proj_bias                                # (B, T, 64)  tp I
@@ -91,7 +91,8 @@ class Stage(nn.Module):
         # wte                                                                               modeling_gpt2.py:567
         start, stop = shard_range(256, "tp")
         elsewhere = (input_ids < start) | (input_ids >= stop)                               # (B, T)
-        inputs_embeds = F.embedding((input_ids - start).masked_fill(elsewhere, 0), self.wte_weight)  # (B, T, 64)  tp P
+        rows = (input_ids - start).masked_fill(elsewhere, 0)
+        inputs_embeds = F.embedding(rows, self.wte_weight)                                  # (B, T, 64)  tp P
         inputs_embeds = inputs_embeds.masked_fill(elsewhere.unsqueeze(-1), 0)
         position_ids = torch.arange(T, device=input_ids.device)                             # (T,)
         position_ids = position_ids.unsqueeze(0)                                            # (1, T)
@@ -123,10 +124,12 @@ class Stage(nn.Module):
         # cross_entropy                                                                     loss_utils.py:42
         log_sum = logits.logsumexp(1, keepdim=True)                                         # (B*T, 2/tp)
         log_sum = all_gather(log_sum, "tp", dim=1, to="I")                                  # (B*T, 2)  tp S(1) -> I
+        log_sum = log_sum.logsumexp(1)                                                      # (B*T,)  tp I
         start, stop = shard_range(256, "tp")
         elsewhere = (shift_labels < start) | (shift_labels >= stop)                         # (B*T,)
-        loss = logits.gather(1, (shift_labels - start).masked_fill(elsewhere, 0).unsqueeze(1))  # (B*T, 1)  tp P
+        columns = (shift_labels - start).masked_fill(elsewhere, 0)
+        loss = logits.gather(1, columns.unsqueeze(1))                                       # (B*T, 1)  tp P
         label_logit = loss.squeeze(1).masked_fill(elsewhere, 0)                             # (B*T,)  tp P
         label_logit = all_reduce(label_logit, "tp")                                         # (B*T,)  tp P -> I
-        loss = (log_sum.logsumexp(1) - label_logit).masked_fill(shift_labels == -100, 0).sum()  # ()  tp I
-        return loss / (shift_labels != -100).sum()                                          # ()  tp I
+        loss = (log_sum - label_logit).masked_fill(shift_labels == -100, 0)                 # (B*T,)  tp I
+        return loss.sum() / (shift_labels != -100).sum()                                    # ()  tp I
