@@ -17,7 +17,7 @@ from meshwright.compiler.frames import keep_all_frames
 from meshwright.compiler.graph import Buffer, Capture, Input, Parameter, Segment
 from meshwright.compiler.initial import initial_values
 from meshwright.compiler.normalize import normalize
-from meshwright.compiler.precision import float64
+from meshwright.compiler.precision import RealIndices, float64
 from meshwright.compiler.tables import function_of
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
@@ -68,7 +68,7 @@ def capture(
         leaves = tuple(leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = _Step(model, rebuild, loss_fn)
     batch_size = _batch_size(leaves)
-    with _training(model), float64() if precision == "fp64" else nullcontext():
+    with _training(model), float64() if precision == "fp64" else nullcontext(), RealIndices():
         exported, fixed = _export(step, leaves, batch_size, {names[i]: i for i in range(len(names))})
     renaming = _symbols(exported, leaves, batch_size)
     attributes, parameters, buffers, tensors = _state(exported, model)

@@ -23,6 +23,17 @@ class _Float64(TorchFunctionMode):
         return _CASTS.get(func, func)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
+class RealIndices(TorchFunctionMode):
+    """Lists of numbers that index a meta tensor keep their values: torch would put them on the meta device too."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
+            args = (args[0], tuple(torch.tensor(i) if isinstance(i, list) else i for i in args[1]))
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def float64() -> Iterator[None]:
     """Inside this context torch reads float16, bfloat16 and float32 as float64, also where a model names them itself.
