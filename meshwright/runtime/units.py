@@ -76,8 +76,8 @@ class Unit:
     def begin(self) -> None:
         """A step begins: gradients are zero."""
         self.begun = False
-        if self.held[0].parameter.grad is None:  # a script called the optimizer's zero_grad
-            self._attach()
+        if self.held[0].parameter.grad is None or (self.updates and self.updates[0][1].grad is None):
+            self._attach()  # a script called the optimizer's zero_grad
         self.grad.zero_()
 
     def expect(self, last: bool) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 SECONDS = 120.0
 GRACE = 6.0
 """Seconds that the other ranks have to end by themselves after the first failure."""
+DIED, STUCK = "died", "did not end"
 
 
 def _work(index: int, pipe: Connection) -> None:
@@ -68,6 +69,14 @@ class _Worker:
         self.pipe.close()
 
 
+class Failed(RuntimeError):
+    """A task failed. ``loud``: how many ranks raised or had to be killed; the others ended without a word."""
+
+    def __init__(self, message: str, loud: int):
+        super().__init__(message)
+        self.loud = loud
+
+
 class Pool:
     """``run("module:function", args, ranks=4)`` calls the function on ranks 0 to 3 and returns their results."""
 
@@ -75,7 +84,10 @@ class Pool:
         self.workers: dict[int, _Worker] = {}
 
     def run(self, name: str, args: Sequence[Any] = (), *, ranks: int, seconds: float = SECONDS) -> list[Any]:
-        """Results by rank. Raises RuntimeError with the first failure, or when a worker died or time is up."""
+        """Results by rank.
+
+        Raises Failed with the first failure, or when a worker died or time is up.
+        """
         with tempfile.TemporaryDirectory() as directory:
             task = pickle.dumps((str(Path(directory) / "store"), ranks, name, tuple(args)))
             for index in range(ranks):
@@ -90,23 +102,24 @@ class Pool:
                 ready = wait(list(busy), timeout=max(0.0, end - time.monotonic()))
                 if not ready:
                     for index in busy.values():
-                        failures[index] = f"took over {seconds} s" if not failures else "did not end"
+                        failures[index] = f"took over {seconds} s" if not failures else STUCK
                         self.workers.pop(index).end()
                 for pipe in ready:
                     index = busy[pipe]  # type: ignore[index]
                     try:
                         error, results[index] = pickle.loads(self.workers[index].pipe.recv_bytes())
                     except (EOFError, OSError):
-                        error = "died"
+                        error = DIED
                         self.workers.pop(index).end()
                     if error is not None:
                         results.pop(index, None)
                         failures[index] = error
                         end = min(end, time.monotonic() + GRACE)
         if failures:
-            told = [index for index, error in failures.items() if error not in ("died", "did not end")]
+            told = [index for index, error in failures.items() if error not in (DIED, STUCK)]
             first = told[0] if told else next(iter(failures))
-            raise RuntimeError(f"rank {first}: {failures[first]}")
+            loud = len(told) + list(failures.values()).count(STUCK)
+            raise Failed(f"rank {first}: {failures[first]}", loud)
         return [results[index] for index in range(ranks)]
 
     def close(self) -> None:
