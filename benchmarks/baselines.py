@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 Batch = Mapping[str, torch.Tensor]
@@ -62,6 +62,7 @@ def fsdp2(model: Any, batch: Batch, rank: int) -> Step:
 
 
 def dtensor(model: Any, batch: Batch, rank: int) -> Step:
+    """Megatron's split; logits stay split over the vocabulary for loss_parallel, as torchtitan has it."""
     mesh = init_device_mesh("cpu", (2,))
     plan = {}
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
@@ -75,17 +76,21 @@ def dtensor(model: Any, batch: Batch, rank: int) -> Step:
         mesh,
         {
             "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
-            "lm_head": ColwiseParallel(output_layouts=Replicate()),
+            "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
         },
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
+    parameters = list(model.parameters())
+    groups = [[p for p in parameters if isinstance(p, DTensor) is split] for split in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=LEARNING_RATE)  # foreach: one kind a group
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
+        with loss_parallel():
+            loss = model(**batch).loss
+            loss.backward()
         optimizer.step()
-        return float(loss.full_tensor() if isinstance(loss, DTensor) else loss)
+        value = loss.detach()
+        return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
     return step
 
@@ -124,9 +129,9 @@ def pipelining(model: Any, batch: Batch, rank: int) -> Step:
         optimizer.zero_grad()
         losses: list[torch.Tensor] = []
         if rank == 0:
-            schedule.step(batch["input_ids"])
+            schedule.step(batch["input_ids"], return_outputs=False)
         else:
-            schedule.step(target=batch["labels"], losses=losses)
+            schedule.step(target=batch["labels"], losses=losses, return_outputs=False)
         optimizer.step()
         value = torch.stack(losses).mean().detach() if losses else torch.zeros(())
         dist.all_reduce(value)
