@@ -81,7 +81,7 @@ def dtensor(model: Any, batch: Batch, rank: int) -> Step:
     )
     parameters = list(model.parameters())
     groups = [[p for p in parameters if isinstance(p, DTensor) is split] for split in (True, False)]
-    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=LEARNING_RATE)  # foreach: one kind a group
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=LEARNING_RATE)  # one kind for foreach
 
     def step() -> float:
         optimizer.zero_grad()
