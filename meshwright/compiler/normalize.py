@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from meshwright.compiler.errors import UnsupportedError
 from meshwright.compiler.fuse import FUSIONS, cut_segments
 from meshwright.compiler.graph import Segment
-from meshwright.compiler.masks import is_causal
+from meshwright.compiler.masks.causal import is_causal
 from meshwright.compiler.rewriting import aten, insert, place, shape_of, static
 
 Rewrite = Callable[[fx.Node], fx.Node | None]

@@ -30,6 +30,13 @@ def shape_of(value: Any) -> tuple[Any, ...]:
     return tuple(size.node.expr if isinstance(size, torch.SymInt) else int(size) for size in shape)
 
 
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator by the names of its schema, defaults included."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((argument.name for argument in arguments), node.args, strict=False))
+    return {argument.name: argument.default_value for argument in arguments} | given | dict(node.kwargs)
+
+
 def static(size: Any) -> bool:
     """Whether a size is a plain number."""
     return not isinstance(size, torch.SymInt)

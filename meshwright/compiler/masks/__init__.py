@@ -1,0 +1,1 @@
+"""Causal masks proven causal, element by element."""
