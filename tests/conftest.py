@@ -13,6 +13,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew; review it as code")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start processes run one after another on one worker, beside all others."""
+    for item in items:
+        if item.get_closest_marker("gloo"):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, dict[str, str]], None]:
     """Compare texts by file name with tests/golden/<name>/, or write them with --update-golden."""

@@ -22,7 +22,7 @@ class Layer(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int = 12, num_layers: int = 4):
+    def __init__(self, width: int = 12, num_layers: int = 2):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width) for _ in range(num_layers))
         self.head = nn.Linear(width, 1)
@@ -35,11 +35,11 @@ class MLP(nn.Module):
         return (predictions - targets).pow(2).mean()  # type: ignore[no-any-return]
 
 
-def mlp(num_layers: int = 4) -> nn.Module:
+def mlp(num_layers: int = 2) -> nn.Module:
     return MLP(num_layers=num_layers)
 
 
-def llama(num_layers: int = 4, kv: int = 2) -> nn.Module:
+def llama(num_layers: int = 2, kv: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -54,7 +54,7 @@ def llama(num_layers: int = 4, kv: int = 2) -> nn.Module:
     )
 
 
-def gpt2(num_layers: int = 4) -> nn.Module:
+def gpt2(num_layers: int = 2) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
@@ -71,7 +71,7 @@ def gpt2(num_layers: int = 4) -> nn.Module:
     )
 
 
-def falcon(num_layers: int = 4, new: bool = False) -> nn.Module:
+def falcon(num_layers: int = 2, new: bool = False) -> nn.Module:
     from transformers import FalconConfig, FalconForCausalLM
 
     return FalconForCausalLM(
@@ -86,11 +86,11 @@ def falcon(num_layers: int = 4, new: bool = False) -> nn.Module:
     )
 
 
-def falcon_new(num_layers: int = 4) -> nn.Module:
+def falcon_new(num_layers: int = 2) -> nn.Module:
     return falcon(num_layers, new=True)
 
 
-MODELS: Mapping[str, Callable[[], nn.Module]] = {
+MODELS: Mapping[str, Callable[[int], nn.Module]] = {
     "mlp": mlp,
     "llama": llama,
     "gpt2": gpt2,
@@ -99,10 +99,10 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, num_layers: int = 2) -> nn.Module:
     """A model with every parameter random: zero biases and unit norms would hide errors."""
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = MODELS[name](num_layers)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if parameter.ndim == 1 else 0.0) * 0.5)

@@ -1,6 +1,5 @@
 """The one helper for parity: a compiled program on its ranks against the model on one device, in float64."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ def squared_error(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.
 LOSSES = {"": None, "squared_error": squared_error}
 
 
-def reference(name: str, kind: str, size: int, length: int, loss: str) -> dict[str, Any]:
+def reference(name: str, num_layers: int, kind: str, size: int, length: int, loss: str) -> dict[str, Any]:
     """Losses, gradients of every step and the parameters after the last, on one device."""
-    model = copy.deepcopy(models.build(name)).double()
+    model = models.build(name, num_layers).double()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in models.batch(name, kind, size, length).items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses, gradients = [], []
@@ -56,12 +55,17 @@ def reference(name: str, kind: str, size: int, length: int, loss: str) -> dict[s
     return {"losses": losses, "gradients": gradients, "state": model.state_dict(), "after": after}
 
 
+def num_layers_for(mesh: Mapping[str, int]) -> int:
+    """Two layers show what blocks can show; every stage has one."""
+    return max(2, mesh.get("pp", 1))
+
+
 def compile_case(
     directory: Path, name: str, mesh: Mapping[str, int], plan: Mapping[str, Any], kind: str, loss: str
 ) -> None:
     """Emit the bundle of a case."""
     program = compile_parallel(
-        models.build(name),
+        models.build(name, num_layers_for(mesh)),
         Mesh(**mesh),
         example_inputs=models.batch(name, kind),
         loss_fn=LOSSES[loss],

@@ -53,8 +53,8 @@ CASES: list[tuple[str, dict[str, int], dict[str, Any], dict[str, Any]]] = [
 
 
 @functools.cache
-def _reference(name: str, kind: str, size: int, length: int, loss: str) -> dict[str, Any]:
-    return parity.reference(name, kind, size, length, loss)
+def _reference(name: str, num_layers: int, kind: str, size: int, length: int, loss: str) -> dict[str, Any]:
+    return parity.reference(name, num_layers, kind, size, length, loss)
 
 
 def _label(value: object) -> str:
@@ -75,4 +75,4 @@ def test_equals_one_device(
     for axis in mesh.values():
         ranks *= axis
     got = pool.run("tests.gloo.parity:train", (str(tmp_path / "bundle"), name, kind, size, length), ranks=ranks)
-    parity.compare(got, _reference(name, kind, size, length, loss))
+    parity.compare(got, _reference(name, parity.num_layers_for(mesh), kind, size, length, loss))
