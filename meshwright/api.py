@@ -105,9 +105,9 @@ def compile_parallel(
         parts = partition(typed, mesh.size("pp"), plan.split, priced)
         done("partition")
         unruled = without_rule(blocks, factors) if mesh.num_ranks > 1 else ()
-        for line in unruled:
-            warnings.warn(line, stacklevel=2)
         lowered = lower(captured, typed, parts, mesh, plan, unruled)
+        for line in lowered.warnings:
+            warnings.warn(line, stacklevel=2)
         done("lower")
         verify(lowered, rules)
         done("verify")

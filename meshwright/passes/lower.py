@@ -14,7 +14,7 @@ from meshwright.compiler.plan import Plan
 from meshwright.compiler.program import Edge, Lowered, Placed, Stage
 from meshwright.compiler.types import Held, I, R, S, Type
 from meshwright.passes.partition import Partition
-from meshwright.passes.schedule import schedule
+from meshwright.passes.schedule import PEAKS, schedule
 from meshwright.runtime.collectives import all_reduce
 
 aten = torch.ops.aten
@@ -34,9 +34,8 @@ def lower(
         cutter.function([e.name for e in edges if e.source == k], k == num_stages - 1)
         for k, cutter in enumerate(cutters)
     ]
-    actions = schedule(
-        plan.schedule, num_stages, microbatches, [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
-    )
+    pairs = [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
+    actions = schedule(plan.schedule, num_stages, microbatches, pairs)
     stages = tuple(
         Stage(
             index=k,
@@ -62,7 +61,20 @@ def lower(
         parameters=parameters,
         buffers=buffers,
         loss=blocks.main.values[loss],
-        warnings=warnings,
+        warnings=(*warnings, *_held_back(plan.schedule, num_stages, microbatches, edges)),
+    )
+
+
+def _held_back(name: str, num_stages: int, microbatches: int, edges: tuple[Edge, ...]) -> tuple[str, ...]:
+    """A line where values that skip stages make the schedule slower than it is in a chain."""
+    pairs = [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
+    if PEAKS[name](num_stages, microbatches, pairs) == PEAKS[name](num_stages, microbatches, []):
+        return ()
+    skips = [(e, d) for e in edges for d in e.destinations if e.value.grad and d - e.source > 1]
+    edge, last = max(skips, key=lambda skip: skip[1] - skip[0].source)
+    return (
+        f"{edge.name!r} goes from stage {edge.source} to stage {last} and its gradient back: schedule={name!r} waits for "
+        "it and is slower than in a chain; 'gpipe', or a split that keeps the value within two stages, does not wait",
     )
 
 

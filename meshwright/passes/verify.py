@@ -11,6 +11,7 @@ from meshwright.passes.prove import prove
 from meshwright.passes.reshard import conversion_of
 from meshwright.passes.rows import factors_by_node, operands, results, rows_of
 from meshwright.passes.rules import Rules
+from meshwright.passes.schedule import PEAKS
 
 
 def verify(lowered: Lowered, rules: Rules) -> None:
@@ -25,15 +26,12 @@ def verify(lowered: Lowered, rules: Rules) -> None:
         for node in stage.function.graph.nodes:
             if node.op == "call_module":
                 _check_call(stage.function, node, lowered.blocks[str(node.target)].function, sizes)
+    edges = [(e.source, d, e.value.grad) for stage in lowered.stages for e in stage.sends for d in e.destinations]
     prove(
         tuple(stage.schedule for stage in lowered.stages),
         num_microbatches=lowered.microbatches,
-        edges=[
-            (edge.source, d, edge.value.grad)
-            for stage in lowered.stages
-            for edge in stage.sends
-            for d in edge.destinations
-        ],
+        edges=edges,
+        peaks=PEAKS[lowered.plan.schedule](len(lowered.stages), lowered.microbatches, edges),
     )
 
 

@@ -95,7 +95,7 @@ POINTWISE: list[tuple[Any, list[Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("operator", [op for op in DEFAULT_RULES if op not in CONSTANTS], ids=str)
+@pytest.mark.parametrize("operator", [op for op in DEFAULT_RULES if op not in CONSTANTS], ids=lambda op: op.__name__)
 def test_rule_holds(operator: Any) -> None:
     assert operator in CASES, f"{operator} has a rule and no case here"
     proven = 0

@@ -1,12 +1,18 @@
 """What the generators of schedules make; test_prove.py shows that any pipeline gets a schedule that can be proven."""
 
+import warnings
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from meshwright import Mesh, compile_parallel
 from meshwright.compiler.errors import InternalError, PlanError
+from meshwright.compiler.plan import SCHEDULES
 from meshwright.passes.prove import prove
-from meshwright.passes.schedule import PEAKS, Edge, schedule
+from meshwright.passes.schedule import GENERATORS, PEAKS, Edge, schedule
 from meshwright.runtime.actions import Action, render, to_ranks
 
 
@@ -96,3 +102,34 @@ def test_an_edge_leads_to_a_later_stage(edge: Edge) -> None:
     with pytest.raises(InternalError) as error:
         schedule("gpipe", 2, 1, [edge])
     assert str(error.value) == f"the edge {edge} does not lead to a later one of the 2 stages"
+
+
+def test_the_plan_offers_what_can_be_generated() -> None:
+    assert set(SCHEDULES) == set(GENERATORS) == set(PEAKS)
+
+
+class Skip(nn.Module):
+    """Four layers, the input of the first used after the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = layer(x)
+        return (x * first).pow(2).mean()
+
+
+def test_a_skip_that_holds_the_schedule_back_is_told() -> None:
+    def told(pp: int) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            program = compile_parallel(Skip(), Mesh(pp=pp), example_inputs=(torch.randn(8, 8),))
+        assert [str(one.message) for one in caught] == list(program.lowered.warnings)
+        return list(program.lowered.warnings)
+
+    (line,) = told(4)
+    assert "goes from stage 0 to stage 3 and its gradient back: schedule='1f1b' waits for it" in line
+    assert told(2) == []
