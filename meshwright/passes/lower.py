@@ -73,8 +73,9 @@ def _held_back(name: str, num_stages: int, microbatches: int, edges: tuple[Edge,
     skips = [(e, d) for e in edges for d in e.destinations if e.value.grad and d - e.source > 1]
     edge, last = max(skips, key=lambda skip: skip[1] - skip[0].source)
     return (
-        f"{edge.name!r} goes from stage {edge.source} to stage {last} and its gradient back: schedule={name!r} waits for "
-        "it and is slower than in a chain; 'gpipe', or a split that keeps the value within two stages, does not wait",
+        f"{edge.name!r} goes from stage {edge.source} to stage {last} and its gradient back: schedule={name!r} waits "
+        "for it and is slower than in a chain\n"
+        "  use 'gpipe', or a split that keeps the value within two stages",
     )
 
 
