@@ -35,7 +35,7 @@ class MLP(nn.Module):
         return (predictions - targets).pow(2).mean()  # type: ignore[no-any-return]
 
 
-def mlp(num_layers: int = 2) -> nn.Module:
+def mlp(num_layers: int = 4) -> nn.Module:
     return MLP(num_layers=num_layers)
 
 
@@ -90,7 +90,7 @@ def falcon_new(num_layers: int = 2) -> nn.Module:
     return falcon(num_layers, new=True)
 
 
-MODELS: Mapping[str, Callable[[int], nn.Module]] = {
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "llama": llama,
     "gpt2": gpt2,
@@ -99,10 +99,10 @@ MODELS: Mapping[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build(name: str, num_layers: int = 2) -> nn.Module:
+def build(name: str, num_layers: int | None = None) -> nn.Module:
     """A model with every parameter random: zero biases and unit norms would hide errors."""
     torch.manual_seed(0)
-    model = MODELS[name](num_layers)
+    model = MODELS[name]() if num_layers is None else MODELS[name](num_layers)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if parameter.ndim == 1 else 0.0) * 0.5)

@@ -17,7 +17,10 @@ from meshwright.runtime.units import LEVELS, Unit
 from meshwright.runtime.wire import Finish
 
 BUCKET_BYTES = 25 * 2**20
-"""Enough to make the time to start a collective small, little enough to begin early."""
+"""The most that travels together: more would not make the start of a collective any cheaper."""
+LEAST_BUCKET_BYTES = 2**20
+BUCKETS = 6
+"""Small models get about so many buckets: only what is cut can travel beside the backward."""
 
 
 def make_units(held: Sequence[Held], zero: int, groups: Groups, root: nn.Module) -> list[Unit]:
@@ -100,10 +103,12 @@ def _owners(root: nn.Module) -> dict[int, str]:
 
 
 def _buckets(members: Sequence[Held]) -> Iterator[list[Held]]:
+    total = sum(one.parameter.nbytes for one in members)
+    limit = min(BUCKET_BYTES, max(LEAST_BUCKET_BYTES, total // BUCKETS))
     bucket: list[Held] = []
     size = 0
     for one in members:
-        if bucket and size + one.parameter.nbytes > BUCKET_BYTES:
+        if bucket and size + one.parameter.nbytes > limit:
             yield bucket
             bucket, size = [], 0
         bucket.append(one)

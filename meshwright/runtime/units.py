@@ -5,8 +5,10 @@ ZeRO splits it over dp, a rank owns one contiguous run of the flat tensor, padde
 long, and the optimizer gets the parts of parameters that lie in it (Rajbhandari et al., ZeRO, arXiv 1910.02054).
 """
 
+import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,6 +21,11 @@ from meshwright.runtime.wire import Finish, begin_all_gather, begin_all_reduce, 
 
 MAX_UNDER_WAY = 2
 """Scattered buckets that may be under way at once; more would keep more whole gradients alive."""
+
+
+def _call(method: "weakref.WeakMethod[Callable[[], None]]", _: torch.Tensor) -> None:
+    if (found := method()) is not None:
+        found()
 
 
 class Unit:
@@ -47,8 +54,10 @@ class Unit:
         self._allocate()
         self.updates: list[tuple[str, nn.Parameter]] = self._updates()
         self._attach()
+        # Weakly: no collector sees a circle through a hook, and the unit holds the parameters and the groups.
+        accumulated = weakref.WeakMethod(self._accumulated)
         for one in held:
-            one.parameter.register_post_accumulate_grad_hook(self._accumulated)
+            one.parameter.register_post_accumulate_grad_hook(partial(_call, accumulated))
 
     @property
     def rest(self) -> torch.Tensor:
@@ -84,7 +93,7 @@ class Unit:
         """A backward begins; ``last``: the step's last, after which gradients are complete."""
         self.waiting, self.last = len(self.held), last
 
-    def _accumulated(self, _: torch.Tensor) -> None:
+    def _accumulated(self) -> None:
         self.waiting -= 1
         if self.waiting == 0:
             self._complete()

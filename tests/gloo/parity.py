@@ -55,9 +55,9 @@ def reference(name: str, num_layers: int, kind: str, size: int, length: int, los
     return {"losses": losses, "gradients": gradients, "state": model.state_dict(), "after": after}
 
 
-def num_layers_for(mesh: Mapping[str, int]) -> int:
-    """Two layers show what blocks can show; every stage has one."""
-    return max(2, mesh.get("pp", 1))
+def num_layers_for(name: str, mesh: Mapping[str, int]) -> int:
+    """Two layers show what blocks can show; every stage has one. (The first layer of the MLP, on data, is no block.)"""
+    return 4 if name == "mlp" else max(2, mesh.get("pp", 1))
 
 
 def compile_case(
@@ -65,7 +65,7 @@ def compile_case(
 ) -> None:
     """Emit the bundle of a case."""
     program = compile_parallel(
-        models.build(name, num_layers_for(mesh)),
+        models.build(name, num_layers_for(name, mesh)),
         Mesh(**mesh),
         example_inputs=models.batch(name, kind),
         loss_fn=LOSSES[loss],

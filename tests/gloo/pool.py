@@ -1,5 +1,6 @@
 """Worker processes kept alive over a session: a case costs its own work, not the start of Python and torch."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -27,7 +28,10 @@ def _work(index: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    import meshwright.runtime  # noqa: F401
+
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: collecting after a task looks at what the task left
     while True:
         try:
             store, size, name, args = pickle.loads(pipe.recv_bytes())
@@ -47,6 +51,7 @@ def _work(index: int, pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps(answer))
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # groups that are left have threads that poll
 
 
 @dataclass(slots=True)

@@ -75,4 +75,4 @@ def test_equals_one_device(
     for axis in mesh.values():
         ranks *= axis
     got = pool.run("tests.gloo.parity:train", (str(tmp_path / "bundle"), name, kind, size, length), ranks=ranks)
-    parity.compare(got, _reference(name, parity.num_layers_for(mesh), kind, size, length, loss))
+    parity.compare(got, _reference(name, parity.num_layers_for(name, mesh), kind, size, length, loss))

@@ -1,9 +1,11 @@
 """The runtime beside parity: failures end everywhere, checkpoints continue exactly, edited bundles are checked."""
 
+import gc
 import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,23 @@ def test_a_failing_rank_ends_the_others(tmp_path: Path) -> None:
     assert "rank 3 failed in 1F1 forward of stage 1, microbatch 1: ValueError: a bad batch" in done.stderr
     others = [line for line in done.stderr.splitlines() if "RankError" in line and not line.startswith("[rank3]")]
     assert not others, "one rank says why"
+
+
+def forget(bundle: str) -> bool:
+    """Whether nothing is left of a trainer when the script has let go of it."""
+    trainer = Trainer(bundle, optimizer=_adam, device="cpu")
+    trainer.step(trainer.shard(models.batch("mlp")))
+    trainer.close()
+    left = [weakref.ref(unit) for unit in trainer.units]
+    del trainer
+    gc.collect()
+    return all(one() is None for one in left)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_trainer_that_is_let_go_is_gone(zero: int, pool: Pool, tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path / "bundle", "mlp", Mesh(dp=2), zero=zero)
+    assert pool.run("tests.gloo.test_runtime:forget", (bundle,), ranks=2) == [True, True]
 
 
 class Tiny(torch.nn.Module):
