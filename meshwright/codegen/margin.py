@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+import sympy
+
+from meshwright.compiler.capture import BATCH
 from meshwright.compiler.graph import Value
 from meshwright.compiler.types import I, Size, Type
 
@@ -9,13 +12,17 @@ BATCH_AXES = ("dp", "mb")
 """Axes that split the batch: B in a margin is the batch of one replica and microbatch."""
 
 
-def shape_text(value: Value) -> str:
-    """``(B, T, 64/tp)``: the shape with symbols, split dims marked with their axes."""
-    sizes = [_size_text(value, dim, size) for dim, size in enumerate(value.shape)]
+def shape_text(value: Value, axes: Mapping[str, int]) -> str:
+    """``(B, T, 64/tp)``: the shape with symbols, split dims marked with their axes; ``dp*B`` is the whole batch."""
+    sizes = [_size_text(value, dim, size, axes) for dim, size in enumerate(value.shape)]
     return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
 
 
-def _size_text(value: Value, dim: int, size: Size) -> str:
+def _size_text(value: Value, dim: int, size: Size, sizes: Mapping[str, int]) -> str:
+    if isinstance(size, sympy.Expr) and size.has(BATCH):
+        split = {axis for axis, t in value.types.items() if t.is_split and t.dim == dim}
+        whole = [axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1 and axis not in split]
+        size = size.subs(BATCH, sympy.prod([*(sympy.Symbol(axis) for axis in whole), BATCH]))
     text = str(size).replace(" ", "") if "*" in str(size) else str(size)
     axes = [a for a, t in value.types.items() if t.is_split and t.dim == dim and a not in BATCH_AXES]
     return f"{text}/{'/'.join(axes)}" if axes else text
@@ -50,4 +57,5 @@ def _matters(axis: str, type_: Type, value: Value) -> bool:
 def margin(value: Value, axes: Mapping[str, int], before: Value | None = None) -> str:
     """The whole margin of a line without its ``#``."""
     types = types_text(value, axes, before)
-    return f"{shape_text(value)}  {types}" if types else shape_text(value)
+    shape = shape_text(value, axes)
+    return f"{shape}  {types}" if types else shape

@@ -5,47 +5,34 @@ piece.
 from collections.abc import Callable
 
 from meshwright.codegen.spelling import Text
-from meshwright.compiler.errors import InternalError
 from meshwright.compiler.graph import Value
 from meshwright.compiler.types import Size
 from meshwright.passes.factors import Factor, of_view
 
-IsSplit = Callable[[Value, int], bool]
+Local = Callable[[Value, int, Factor | None], str]
+"""The size of a dim of a value, or of one factor in it, as the code of a rank says it."""
+Flexible = Callable[[Value, int], bool]
+"""Whether a dim is better left to torch (-1): a rank has a piece of it, or it is the batch."""
 
 
-def spell_view(x: Text, source: Value, target: Value, is_split: IsSplit, size: Callable[[Size], str]) -> Text:
-    """Code for ``x`` of shape ``source`` seen as ``target``. Raises InternalError where no view without sizes
-    exists.
-    """
+def spell_view(x: Text, source: Value, target: Value, local: Local, is_flexible: Flexible) -> Text:
+    """Code for ``x`` of shape ``source`` seen as ``target``: without sizes where neighbours are merged and split."""
     code = x.at(20)
     factors = of_view(source.shape, target.shape)
-    if _product(factors) != _product_of(source.shape):
-        return Text(
-            f"{code}.reshape({', '.join(_literal(target, d, is_split, size) for d in range(len(target.shape)))})"
-        )
-    steps = _unflattened(code, source, target, factors, is_split, size)
-    return Text(steps)
+    if _product(tuple(factor.size for factor in factors)) != _product(source.shape):
+        return Text(f"{code}.reshape({', '.join(local(target, dim, None) for dim in range(len(target.shape)))})")
+    return Text(_unflattened(code, source, target, factors, local, is_flexible))
 
 
-def _product(factors: tuple[Factor, ...]) -> Size:
-    return _product_of(tuple(f.size for f in factors))
-
-
-def _product_of(sizes: tuple[Size, ...]) -> Size:
+def _product(sizes: tuple[Size, ...]) -> Size:
     result: Size = 1
-    for s in sizes:
-        result = result * s
+    for size in sizes:
+        result = result * size
     return result
 
 
-def _literal(value: Value, dim: int, is_split: IsSplit, size: Callable[[Size], str]) -> str:
-    if is_split(value, dim):
-        raise InternalError(f"no view without sizes gives the shape {value.shape}, which is split on dim {dim}")
-    return size(value.shape[dim])
-
-
 def _unflattened(
-    code: str, source: Value, target: Value, factors: tuple[Factor, ...], is_split: IsSplit, size: Callable[[Size], str]
+    code: str, source: Value, target: Value, factors: tuple[Factor, ...], local: Local, is_flexible: Flexible
 ) -> str:
     """Squeeze, split every dim into its factors, merge groups of factors, unsqueeze."""
     inside: list[list[Factor]] = [[] for _ in source.shape]
@@ -63,9 +50,7 @@ def _unflattened(
     position = 0
     for group in groups:
         if len(group) > 1:
-            sizes = [_factor_size(f, target, is_split, size) for f in group]
-            if sizes.count("-1") == 0:
-                sizes[0] = "-1"
+            sizes = _factor_sizes(group, target, local, is_flexible)
             dim = -1 if group is groups[-1] and position else position
             code += f".unflatten({dim}, ({', '.join(sizes)}))"
         position += len(group)
@@ -83,19 +68,21 @@ def _unflattened(
     return code
 
 
-def _factor_size(factor: Factor, target: Value, is_split: IsSplit, size: Callable[[Size], str]) -> str:
-    place = factor.results[0]
-    assert place is not None
-    if is_split(target, place.dim) or not isinstance(factor.size, int) and str(factor.size).startswith("B"):
-        return "-1"
-    return size(factor.size)
+def _factor_sizes(group: list[Factor], target: Value, local: Local, is_flexible: Flexible) -> list[str]:
+    """The sizes of the factors of one dim, one of them -1."""
+    dims = [factor.results[0].dim for factor in group]  # type: ignore[union-attr]
+    free = next((i for i, dim in enumerate(dims) if is_flexible(target, dim)), 0)
+    return [
+        "-1" if i == free else local(target, dim, factor)
+        for i, (dim, factor) in enumerate(zip(dims, group, strict=True))
+    ]
 
 
-def spell_expand(x: Text, source: Value, target: Value, size: Callable[[Size], str]) -> Text:
+def spell_expand(x: Text, source: Value, target: Value, local: Local) -> Text:
     """Code for broadcasting: -1 where a dim stays."""
     shift = len(target.shape) - len(source.shape)
     sizes = [
-        "-1" if dim >= shift and source.shape[dim - shift] == length else size(length)
+        "-1" if dim >= shift and source.shape[dim - shift] == length else local(target, dim, None)
         for dim, length in enumerate(target.shape)
     ]
     return Text(f"{x.at(20)}.expand({', '.join(sizes)})")

@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from meshwright.compiler.graph import Value
-from meshwright.compiler.types import Size
 
 aten = torch.ops.aten
 
@@ -33,7 +32,8 @@ class Text:
 class Use:
     """One call to be written: arguments as Text (tensors) or plain data, with the values behind them.
 
-    size: writes a symbolic size; device: the code of a device at hand; is_split: whether a dim of the value is split.
+    Sizes among the arguments are in the symbols of the code. local: writes the size of a dim of a value as a rank has
+    it; device: the code of a device at hand.
     """
 
     target: Any
@@ -41,9 +41,8 @@ class Use:
     kwargs: Mapping[str, Any]
     operands: tuple[Value, ...]
     result: Value | None
-    size: Callable[[Size], str]
+    local: Callable[[Value, int], str]
     device: str
-    is_split: Callable[[Value, int], bool]
 
     def argument(self, position: int, name: str = "", default: Any = None) -> Any:
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
@@ -196,7 +195,7 @@ def _chunk(use: Use) -> Text:
 
 
 def _arange(use: Use) -> Text:
-    bounds = ", ".join(use.size(a) if not isinstance(a, (int, float)) else plain(a) for a in use.args)
+    bounds = ", ".join(plain(a) for a in use.args)
     dtype = use.kwargs.get("dtype")
     extra = f", dtype={dtype}" if dtype not in (None, torch.int64) else ""
     return Text(f"torch.arange({bounds}{extra}, device={use.device})")
@@ -205,7 +204,7 @@ def _arange(use: Use) -> Text:
 def _filled(name: str) -> Spelling:
     def write(use: Use) -> Text:
         assert use.result is not None
-        sizes = [use.size(s) for s in use.result.shape]
+        sizes = [use.local(use.result, dim) for dim in range(len(use.result.shape))]
         shape = f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
         fill = f", {plain(use.args[1])}" if name == "full" else ""
         return Text(f"torch.{name}({shape}{fill}, dtype={use.result.dtype}, device={use.device})")
@@ -214,9 +213,7 @@ def _filled(name: str) -> Spelling:
 
 
 def _runtime(use: Use) -> Text:
-    written = [plain(a) for a in use.args] + [
-        f"{k}={use.size(v) if k == 'groups' else plain(v)}" for k, v in use.kwargs.items()
-    ]
+    written = [plain(a) for a in use.args] + [f"{k}={plain(v)}" for k, v in use.kwargs.items()]
     return Text(f"{use.target.__name__}({', '.join(written)})")
 
 

@@ -4,6 +4,7 @@ beside it.
 
 import builtins
 import keyword
+import math
 import operator
 import os
 from collections.abc import Mapping
@@ -17,13 +18,15 @@ from torch.fx.node import map_aggregate
 
 from meshwright.codegen.margin import BATCH_AXES, margin
 from meshwright.codegen.shapes import spell_expand, spell_view
-from meshwright.codegen.spelling import Text, Use, plain, spell
+from meshwright.codegen.spelling import Text, Use, spell
 from meshwright.codegen.views import Line
+from meshwright.compiler.capture import BATCH
 from meshwright.compiler.errors import InternalError
 from meshwright.compiler.graph import Function, Value, is_multiple
 from meshwright.compiler.names import Origin
+from meshwright.passes.factors import Factor
 from meshwright.passes.reshard import conversion_of
-from meshwright.passes.rows import PIECE, operands
+from meshwright.passes.rows import PIECE, groups_of, operands
 
 aten = torch.ops.aten
 LINE = 120
@@ -377,10 +380,10 @@ class Writer:
             return spell(self._use(node))
         if node.target in VIEWS:
             source = operands(node)[0]
-            return spell_view(self._text(source), values[source], values[node], self._is_split, self._size)
+            return spell_view(self._text(source), values[source], values[node], self._local, self._is_flexible)
         if node.target is aten.expand.default:
             source = operands(node)[0]
-            return spell_expand(self._text(source), values[source], values[node], self._size)
+            return spell_expand(self._text(source), values[source], values[node], self._local)
         module = getattr(node.target, "__module__", "")
         if module.startswith("meshwright.runtime"):
             self.runtime.add(node.target.__name__)  # type: ignore[union-attr]
@@ -391,52 +394,83 @@ class Writer:
         return isinstance(first, fx.Node) and first in self.folded and self._is_bias(first, node)
 
     def _use(self, node: fx.Node) -> Use:
-        args, kwargs = map_aggregate(
-            (node.args, dict(node.kwargs)),
-            lambda a: self._text(a) if isinstance(a, fx.Node) else a,  # type: ignore[arg-type, return-value]
-        )
+        def written(argument: Any) -> Any:
+            if isinstance(argument, fx.Node):
+                return self._text(argument)
+            return self._in_code(argument) if isinstance(argument, sympy.Expr) else argument
+
+        args: Any
+        kwargs: Any
+        args, kwargs = map_aggregate((node.args, dict(node.kwargs)), written)
+        given: dict[str, Any] = dict(node.kwargs)
+        if conversion_of(node) and isinstance(given.get("groups"), sympy.Expr):
+            # The groups of a dim are those that the rank has, whatever it is converted to on this axis.
+            axes = {axis: size for axis, size in self.axes.items() if axis != node.args[1]}
+            kwargs["groups"] = self._in_code(given["groups"], _pieces(self.function.values[node], given["dim"], axes))
         return Use(
             target=node.target,
             args=tuple(args),
             kwargs=kwargs,
             operands=tuple(self.function.values[n] for n in operands(node) if n in self.function.values),
             result=self.function.values.get(node),
-            size=self._size,
+            local=self._local,
             device=self._device(),
-            is_split=self._is_split,
         )
 
     def _device(self) -> str:
         names = [self.names[n] for n in self.function.inputs()]
         return f"{names[0]}.device" if names else "None"
 
+    def _is_flexible(self, value: Value, dim: int) -> bool:
+        """Whether a size is better not written: it differs with the mesh, or it is the batch."""
+        size = value.shape[dim]
+        return self._is_split(value, dim) or (isinstance(size, sympy.Expr) and size.has(BATCH))
+
     def _is_split(self, value: Value, dim: int) -> bool:
         """Whether a rank has a piece of a dim; a symbolic batch is not meant, which B stands for on every rank."""
         fixed = isinstance(value.shape[dim], int)
         return any(t.is_split and t.dim == dim for axis, t in value.types.items() if fixed or axis not in BATCH_AXES)
 
-    def _size(self, size: Any) -> str:
-        if isinstance(size, sympy.Expr):
-            self.symbols |= {str(s) for s in size.free_symbols}
-        return plain(size) if not isinstance(size, sympy.Expr) else str(size)
+    def _local(self, value: Value, dim: int, factor: Factor | None = None) -> str:
+        """The size of a dim as a rank has it, or of one of its factors, in the symbols of the code."""
+        if factor is None:
+            return str(self._in_code(value.shape[dim], _pieces(value, dim, self.axes)))
+        split = [a for a, t in value.types.items() if groups_of(factor, factor.results[0], t) is not None]
+        return str(self._in_code(factor.size, math.prod(self.axes.get(axis, 1) for axis in split)))
+
+    def _in_code(self, size: Any, pieces: int = 1) -> Any:
+        """One of ``pieces`` of a size of the whole model, in the symbols of the code: those are the sizes of inputs,
+        of which a rank may have a piece.
+        """
+        if not isinstance(size, sympy.Expr):
+            return size // pieces
+        self.symbols |= {str(symbol) for symbol in size.free_symbols}
+        scales = {symbol: self._place_of(str(symbol))[1] * symbol for symbol in size.free_symbols}
+        numerator, denominator = sympy.fraction(sympy.cancel(size.subs(scales, simultaneous=True) / pieces))
+        return numerator if denominator == 1 else sympy.Symbol(f"({numerator}) // {denominator}")
 
     def _symbol_lines(self) -> list[Line]:
         """``T = input_ids.shape[1]`` for every size that the code names."""
-        lines = []
-        for symbol in sorted(self.symbols):
-            place = self._place_of(symbol)
-            if place is None:
-                raise InternalError(f"no input of the function has the size {symbol} whole")
-            lines.append(Line(code=f"{symbol} = {place}", margin=""))
-        return lines
+        return [Line(code=f"{symbol} = {self._place_of(symbol)[0]}", margin="") for symbol in sorted(self.symbols)]
 
-    def _place_of(self, symbol: str) -> str | None:
-        for node in self.function.inputs():
-            value = self.function.values[node]
-            for dim, size in enumerate(value.shape):
-                if str(size) == symbol and not self._is_split(value, dim):
-                    return f"{self.names[node]}.shape[{dim}]"
-        return None
+    def _place_of(self, symbol: str) -> tuple[str, int]:
+        """Where the code reads a size, and in how many pieces it is cut there. Raises InternalError if nowhere."""
+        found = [
+            (_pieces(value, dim, self.axes), self.names[node], dim)
+            for node in self.function.inputs()
+            for value in (self.function.values[node],)
+            for dim, size in enumerate(value.shape)
+            if str(size) == symbol
+        ]
+        if not found:
+            raise InternalError(f"no input of the function has the size {symbol}")
+        pieces, name, dim = min(found, key=lambda place: place[0])
+        return f"{name}.shape[{dim}]", pieces
+
+
+def _pieces(value: Value, dim: int, axes: Mapping[str, int]) -> int:
+    """In how many pieces a dim is cut."""
+    return math.prod(axes.get(axis, 1) for axis, t in value.types.items() if t.is_split and t.dim == dim)
 
 
 def _is_light(node: fx.Node) -> bool:

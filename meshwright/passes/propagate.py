@@ -285,7 +285,7 @@ class _Solver:
         elif value.grad:
             allowed = not self.axis.in_time
         else:
-            allowed = (source, target) == (P, I) or (source == I and not self.axis.in_time)
+            allowed = (source, target) == (P, I) or not (source == P or self.axis.in_time)
         return conversion_time(self.prices, value, source, target, self.axis.size) if allowed else None
 
     def _infeasible(self) -> Exception:
@@ -320,17 +320,29 @@ def _forward(
 
 
 def _forward_node(function: Function, node: fx.Node, factors: Factors | None, carried: dict[fx.Node, Type]) -> None:
-    if factors is None:
-        return
     ins, outs = operands(node), results(function, node)
     for tensor, position in ((n, i) for i, n in enumerate(ins) if n in carried):
-        for factor in factors.factors:
+        for factor in factors.factors if factors is not None else ():
             inside = groups_of(factor, factor.operands[position], carried[tensor])
             if factor.whole or inside is None:
                 continue
             for outer, place in zip(outs, factor.results, strict=True):
                 if place is not None:
                     carried.setdefault(outer, place.split(inside))
+        for outer in outs:
+            if outer not in carried and (type_ := _alike(function, tensor, carried[tensor], outer)) is not None:
+                carried[outer] = type_
+
+
+def _alike(function: Function, source: fx.Node, type_: Type, result: fx.Node) -> Type | None:
+    """Where no rule carries a split on, the result is split again along a dim of the same size, if it has one."""
+    if source not in function.values or result not in function.values:
+        return None
+    size, shape = function.values[source].shape[type_.dim], function.values[result].shape
+    same = [dim for dim, other in enumerate(shape) if other == size]
+    if not same or type_.groups != 1:
+        return None
+    return S(type_.dim if type_.dim in same else same[0])
 
 
 def _splittable(value: Value, type_: Type, pieces: int) -> bool:

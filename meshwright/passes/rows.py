@@ -148,13 +148,15 @@ def rows_of(
     replicable: set[fx.Node],
     pieces: int,
 ) -> tuple[Row, ...]:
-    """All rows of one operator. ``replicable``: data that may be computed as R, whole on every rank."""
+    """All rows of one operator. ``replicable``: data that may be computed as R, whole on every rank; what has no rule
+    may always be, since parameters are R where the batch is split.
+    """
     tensors, outcomes = operands(node), results(function, node)
     values = function.values
     rows = [Row(operands=(I,) * len(tensors), results=(I,) * len(outcomes))]
     whole = [_whole(values[n]) for n in tensors]
     derived = bool(outcomes) and values[outcomes[0]].made_of == "parameters" and values[outcomes[0]].grad
-    if derived or (outcomes and outcomes[0] in replicable):
+    if derived or factors is None or (outcomes and outcomes[0] in replicable):
         rows.append(Row(operands=tuple(whole), results=tuple(_whole(values[n]) for n in outcomes)))
     if factors is None:
         return tuple(rows)

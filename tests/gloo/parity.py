@@ -1,23 +1,22 @@
 """The one helper for parity: a compiled program on its ranks against the model on one device, in float64."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from meshwright.api import compile_parallel
+from meshwright.api import Program, compile_parallel
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.plan import Plan
 from meshwright.compiler.precision import float64
 from meshwright.runtime import Trainer
-from tests import models
 
 STEPS = 3
-COMPARED = (0, STEPS - 1)
-"""The steps after whose backward all gradients are gathered and compared."""
 LEARNING_RATE = 1e-2
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
 
 def squared_error(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -25,64 +24,59 @@ def squared_error(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.
     return model(input_ids=batch["input_ids"]).logits.pow(2).mean()  # type: ignore[no-any-return]
 
 
-LOSSES = {"": None, "squared_error": squared_error}
-
-
-def reference(name: str, num_layers: int, kind: str, size: int, length: int, loss: str) -> dict[str, Any]:
-    """Losses, gradients of every step and the parameters after the last, on one device."""
-    model = models.build(name, num_layers).double()
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in models.batch(name, kind, size, length).items()}
+def reference(
+    model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None = None, steps: int = STEPS
+) -> dict[str, Any]:
+    """Losses, gradients of the first and last step and the parameters after it, on one device. Changes ``model``."""
+    model, batch = model.double().train(), doubled(batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses, gradients = [], []
 
     def compute() -> torch.Tensor:
         with float64():
-            if (function := LOSSES[loss]) is not None:
-                return function(model, batch)
+            if loss_fn is not None:
+                return loss_fn(model, batch)
             result = model(**batch)
             return result if isinstance(result, torch.Tensor) else result.loss
 
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         value = compute()
         value.backward()
         losses.append(value.item())
-        if step in COMPARED:
+        if step in (0, steps - 1):
             gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.eval()
     with torch.no_grad():
         after = compute().item()
-    return {"losses": losses, "gradients": gradients, "state": model.state_dict(), "after": after}
+    return {"losses": losses, "gradients": gradients, "state": state, "after": after}
 
 
-def num_layers_for(name: str, mesh: Mapping[str, int]) -> int:
-    """Two layers show what blocks can show; every stage has one. (The first layer of the MLP, on data, is no block.)"""
-    return 4 if name == "mlp" else max(2, mesh.get("pp", 1))
-
-
-def compile_case(
-    directory: Path, name: str, mesh: Mapping[str, int], plan: Mapping[str, Any], kind: str, loss: str
-) -> None:
+def emit_case(
+    directory: Path,
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    mesh: Mapping[str, int],
+    plan: Mapping[str, Any],
+    loss_fn: LossFunction | None = None,
+) -> Program:
     """Emit the bundle of a case."""
-    program = compile_parallel(
-        models.build(name, num_layers_for(name, mesh)),
-        Mesh(**mesh),
-        example_inputs=models.batch(name, kind),
-        loss_fn=LOSSES[loss],
-        plan=Plan(precision="fp64", **plan),
-    )
+    chosen = Plan(precision="fp64", **plan)
+    program = compile_parallel(model, Mesh(**mesh), example_inputs=batch, loss_fn=loss_fn, plan=chosen)
     program.emit(directory)
+    return program
 
 
-def train(directory: str, name: str, kind: str, size: int, length: int) -> dict[str, Any]:
-    """On every rank: the same three steps with the bundle."""
+def train(directory: str, batch: Mapping[str, Any], steps: int = STEPS) -> dict[str, Any]:
+    """On every rank: the same steps with the bundle."""
     trainer = Trainer(directory, optimizer=lambda named: torch.optim.AdamW(named, lr=LEARNING_RATE), device="cpu")
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in models.batch(name, kind, size, length).items()}
-    part = trainer.shard(batch)
+    part = trainer.shard(doubled(batch))
     losses, gradients = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         losses.append(trainer.forward_backward(part).item())
-        if step in COMPARED:
+        if step in (0, steps - 1):
             full = trainer.full_gradients()
             gradients.append(full if trainer.rank == 0 else {})
         trainer.optimizer_step()
@@ -90,6 +84,19 @@ def train(directory: str, name: str, kind: str, size: int, length: int) -> dict[
     after = trainer.evaluate(part).item()
     trainer.close()
     return {"losses": losses, "gradients": gradients, "state": state if trainer.rank == 0 else {}, "after": after}
+
+
+def doubled(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch in float64."""
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+
+
+def num_ranks(mesh: Mapping[str, int]) -> int:
+    """The ranks of a mesh."""
+    return math.prod(mesh.values())
 
 
 def compare(got: list[dict[str, Any]], wanted: Mapping[str, Any]) -> None:

@@ -1,11 +1,13 @@
 """Every compiled program equals one device: loss, every gradient, every updated parameter."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import models
 from tests.gloo import parity
 from tests.gloo.pool import Pool
 
@@ -52,9 +54,17 @@ CASES: list[tuple[str, dict[str, int], dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+LOSSES = {"": None, "squared_error": parity.squared_error}
+
+
+def num_layers_for(name: str, mesh: Mapping[str, int]) -> int:
+    """Two layers show what blocks can show; every stage has one. (The first layer of the MLP, on data, is no block.)"""
+    return 4 if name == "mlp" else max(2, mesh.get("pp", 1))
+
+
 @functools.cache
 def _reference(name: str, num_layers: int, kind: str, size: int, length: int, loss: str) -> dict[str, Any]:
-    return parity.reference(name, num_layers, kind, size, length, loss)
+    return parity.reference(models.build(name, num_layers), models.batch(name, kind, size, length), LOSSES[loss])
 
 
 def _label(value: object) -> str:
@@ -70,9 +80,8 @@ def test_equals_one_device(
 ) -> None:
     kind, loss = other.get("kind", "uneven"), other.get("loss", "")
     size, length = other.get("size", 12), other.get("length", 16)
-    parity.compile_case(tmp_path / "bundle", name, mesh, plan, kind, loss)
-    ranks = 1
-    for axis in mesh.values():
-        ranks *= axis
-    got = pool.run("tests.gloo.parity:train", (str(tmp_path / "bundle"), name, kind, size, length), ranks=ranks)
-    parity.compare(got, _reference(name, parity.num_layers_for(name, mesh), kind, size, length, loss))
+    model = models.build(name, num_layers_for(name, mesh))
+    parity.emit_case(tmp_path / "bundle", model, models.batch(name, kind), mesh, plan, LOSSES[loss])
+    batch = models.batch(name, kind, size, length)
+    got = pool.run("tests.gloo.parity:train", (str(tmp_path / "bundle"), batch), ranks=parity.num_ranks(mesh))
+    parity.compare(got, _reference(name, num_layers_for(name, mesh), kind, size, length, loss))

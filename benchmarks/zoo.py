@@ -1,0 +1,84 @@
+"""Which of Transformers' model classes compile and train exactly, on which mesh.
+
+    python benchmarks/zoo.py [LlamaForCausalLM ...] [--mesh tp2 ...] [--markdown]
+
+Small configurations (tests/zoo.py), float64: the loss and every gradient of one step against one device. A cell says
+"exact", "exact, N whole" (N operators have no rule and ran whole), or why not. Workers stay alive over all cells.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from meshwright import PlanError, UnsupportedError  # noqa: E402
+from tests import zoo  # noqa: E402
+from tests.gloo import parity  # noqa: E402
+from tests.gloo.pool import Failed, Pool  # noqa: E402
+
+MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "dp2": ({"dp": 2}, {}),
+    "tp2": ({"tp": 2}, {}),
+    "pp2": ({"pp": 2}, {"microbatches": 2}),
+    "3D zero1": ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 1, "microbatches": 2}),
+    "3D zero3": ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 3, "microbatches": 2}),
+}
+"""Column -> mesh and plan."""
+
+
+def outcome(pool: Pool, name: str, mesh: str) -> str:
+    """What one model does on one mesh."""
+    axes, plan = MESHES[mesh]
+    batch = zoo.batch(name)
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = parity.emit_case(Path(directory, "bundle"), zoo.build(name), batch, axes, plan)
+        except (UnsupportedError, PlanError) as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        try:
+            arguments = (str(Path(directory, "bundle")), batch, 1)
+            got = pool.run("tests.gloo.parity:train", arguments, ranks=parity.num_ranks(axes))
+            parity.compare(got, parity.reference(zoo.build(name), batch, steps=1))
+        except (AssertionError, Failed) as error:
+            return f"WRONG: {str(error).splitlines()[0]}"
+    whole = sum("runs whole" in line for line in program.lowered.warnings)
+    return f"exact, {whole} whole" if whole else "exact"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("classes", nargs="*", metavar="CLASS", help=f"default: all {len(zoo.ZOO)}")
+    parser.add_argument("--mesh", nargs="*", choices=list(MESHES), default=list(MESHES))
+    parser.add_argument("--markdown", action="store_true", help="print the table for the README")
+    args = parser.parse_args()
+    if unknown := [name for name in args.classes if name not in zoo.ZOO]:
+        parser.error(f"tests/zoo.py has no {', '.join(unknown)}: it has {', '.join(zoo.ZOO)}")
+    logging.disable(logging.WARNING)
+    pool, rows = Pool(), {}
+    for name in args.classes or zoo.ZOO:
+        started = time.perf_counter()
+        rows[name] = [outcome(pool, name, mesh) for mesh in args.mesh]
+        print(f"{name:<36} {time.perf_counter() - started:6.1f} s  {' | '.join(rows[name])}", flush=True)
+    pool.close()
+    if args.markdown:
+        print("\n| model | " + " | ".join(args.mesh) + " |\n" + "|---" * (1 + len(args.mesh)) + "|")
+        print("\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()))
+        return
+    table = Table("model", *args.mesh)
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    Console(width=200).print(table)
+
+
+if __name__ == "__main__":
+    main()
