@@ -13,7 +13,7 @@ import torch.distributed as dist
 from meshwright.runtime.errors import PlanError
 from meshwright.runtime.groups import current
 from meshwright.runtime.layout import shard_bounds
-from meshwright.runtime.wire import begin_all_gather, begin_reduce_scatter
+from meshwright.runtime.wire import begin_all_gather, begin_reduce_scatter, summed
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
@@ -46,9 +46,7 @@ def _sum(axis: str) -> Convert:
     def run(x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.bool:
             raise TypeError(f"a boolean tensor cannot be summed over {axis}")
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
+        return summed(x, group)
 
     return run
 

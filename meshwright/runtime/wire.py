@@ -34,6 +34,26 @@ def begin_all_reduce(flat: torch.Tensor, group: Any) -> Finish:
     return lambda: _wait(work)
 
 
+def summed(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """The sum of ``x`` over the group, contiguous, as a tensor of its own; the same bits on every member."""
+    x = x.contiguous()
+    if x.device.type == "cpu" and dist.get_world_size(group) == 2:
+        return _sum_of_two(x, group)
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _sum_of_two(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """Exchange and add: as many bytes as gloo's all_reduce, in one step of messages instead of two, without a copy."""
+    other, peer = torch.empty_like(x), 1 - dist.get_rank(group)
+    sent = dist.isend(x, group=group, group_dst=peer)
+    received = dist.irecv(other, group=group, group_src=peer)
+    _wait(received)
+    _wait(sent)
+    return other.add_(x)
+
+
 def _native(out: torch.Tensor, flat: torch.Tensor, group: Any) -> Finish:
     work = _REDUCE_SCATTER(out, flat, group=group, async_op=True)
     return lambda: _wait(work)
