@@ -5,7 +5,6 @@ graph is
 still torch.export's own here, with fake tensors in ``node.meta["val"]``.
 """
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 from meshwright.compiler.errors import UnsupportedError
+from meshwright.compiler.functional import functionalize
 from meshwright.compiler.fuse import FUSIONS, cut_segments
 from meshwright.compiler.graph import Segment
 from meshwright.compiler.masks.causal import is_causal
@@ -35,17 +35,17 @@ def normalize(
     parameters and buffers with their names. segments: filled with the parts of unevenly fused parameters, which are
     then
     read one by one; None leaves them whole.
-    Raises UnsupportedError for dropout, and for in-place operations whose old value is still read.
+    Raises UnsupportedError for dropout, and for in-place operations that have no pure form.
     """
     graph = module.graph
     _inline_submodules(module)
+    functionalize(graph, attributes)
     rewrites: dict[Any, Rewrite] = {**_REWRITES, **FUSIONS}
     rewrites[aten.cat.default] = _drop_empty_parts
     rewrites[aten.index.Tensor] = lambda node: _index(node, constants)
     for node in list(graph.nodes):
         if node.op != "call_function" or node._erased:
             continue
-        _functionalize(node)
         rewrite = rewrites.get(node.target)
         replacement = rewrite(node) if rewrite else None
         if replacement is not None and replacement is not node:
@@ -107,45 +107,6 @@ def _inline_submodules(module: fx.GraphModule) -> None:
                 user.replace_all_uses_with(environment[results[user.args[1]]])
                 graph.erase_node(user)
         graph.erase_node(node)
-
-
-def _functionalize(node: fx.Node) -> None:
-    """Turn an in-place operator into its pure form; refuse it where somebody still reads the old value."""
-    name = getattr(node.target, "_schema", None) and node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-    if (
-        not name
-        or not name.endswith("_")
-        or name.startswith("_")
-        or name.endswith("__")
-        or node.target is aten.detach_.default
-    ):
-        return
-    pure = getattr(getattr(aten, name[:-1], None), node.target._overloadname, None)  # type: ignore[union-attr]
-    changed = node.args[0]
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
-    late = [user for value in _sharing(changed) for user in value.users if order[user] > order[node]]  # type: ignore[arg-type]
-    if pure is None or changed.op != "call_function" or late:  # type: ignore[union-attr]
-        raise UnsupportedError(
-            f"{name} {place(node)} changes a value in place that is read again later"
-            f"{f' (by {late[0].name})' if late else ''}\n  write it without the trailing underscore"
-        )
-    node.target = pure
-
-
-def _sharing(node: fx.Node) -> list[fx.Node]:
-    """All values that share memory with ``node``: what it is a view of, and all views of that."""
-    while node.target in _VIEWS and node.op == "call_function":
-        node = _input(node)
-    found = [node]
-    for value in found:
-        found += [user for user in value.users if user.target in _VIEWS and user not in found]
-    return found
-
-
-_VIEWS = {
-    aten.view.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.detach.default, aten.split.Tensor, operator.getitem,
-}  # fmt: skip
 
 
 # What computes nothing

@@ -97,23 +97,6 @@ def test_data_dependent_control_flow() -> None:
         compile_parallel(DataDependent(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))
 
 
-class InPlace(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
-        before = y.view(-1)
-        y.add_(1.0)
-        return before.sum()  # type: ignore[no-any-return]
-
-
-def test_in_place_with_a_later_reader() -> None:
-    with pytest.raises(UnsupportedError, match="changes a value in place that is read again later"):
-        compile_parallel(InPlace(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))
-
-
 class BatchMean(nn.Module):
     """A loss over the whole batch that is no sum over samples."""
 
