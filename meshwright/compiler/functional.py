@@ -10,12 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from meshwright.compiler.errors import UnsupportedError
-from meshwright.compiler.rewriting import arguments_of, aten, insert, place, shape_of
+from meshwright.compiler.rewriting import (
+    arguments_of,
+    aten,
+    insert,
+    is_in_place,
+    place,
+    shape_of,
+    storage_of,
+    with_gradient,
+)
 
 
 def functionalize(graph: fx.Graph, held: Mapping[fx.Node, str]) -> None:
@@ -24,25 +31,17 @@ def functionalize(graph: fx.Graph, held: Mapping[fx.Node, str]) -> None:
     held: placeholders of parameters and buffers with their names. Raises UnsupportedError for a write to one of them,
     through a view that cannot be taken back, or by an operator without a pure form; it names the line.
     """
-    if not any(_is_in_place(node) for node in graph.nodes):
+    if not any(is_in_place(node) for node in graph.nodes):
         return
-    memory = _Memory(held=held)
+    memory = _Memory(held=held, learning=with_gradient(graph))
     for node in list(graph.nodes):
         first = node.args[0] if node.args else None
         if node.op in ("call_function", "output"):
             memory.refresh(node)
-        if _is_in_place(node):
+        if is_in_place(node):
             memory.write(node, first)  # type: ignore[arg-type]
         else:
             memory.note(node, first)
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    schema = node.target._schema
-    first = schema.arguments[0].alias_info if schema.arguments else None
-    return first is not None and first.is_write and node.target is not aten.detach_.default
 
 
 @dataclass(slots=True)
@@ -50,6 +49,7 @@ class _Memory:
     """Storages: the first value of each and how often it was written to; what each value was a view of, and is now."""
 
     held: Mapping[fx.Node, str]
+    learning: set[fx.Node]
     bases: dict[int, fx.Node] = field(default_factory=dict)
     versions: dict[int, int] = field(default_factory=dict)
     known: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
@@ -57,10 +57,10 @@ class _Memory:
 
     def note(self, node: fx.Node, first: Any) -> None:
         """A value that is new, or a view of its first argument."""
-        storage = _storage(node)
+        storage = storage_of(node)
         if storage is None:
             return
-        if self.bases.setdefault(storage, node) is not node and _storage(first) == storage:
+        if self.bases.setdefault(storage, node) is not node and storage_of(first) == storage:
             self.sources[node] = first
         self.known[node, self.versions.setdefault(storage, 0)] = node
 
@@ -79,7 +79,7 @@ class _Memory:
 
     def value(self, node: fx.Node, user: fx.Node) -> fx.Node:
         """``node`` as it is when ``user`` runs."""
-        storage = _storage(node)
+        storage = storage_of(node)
         if storage is None or not self.versions.get(storage):
             return node
         key = (node, self.versions[storage])
@@ -90,7 +90,7 @@ class _Memory:
 
     def write(self, node: fx.Node, changed: fx.Node) -> None:
         """Make the new version that an in-place operator leaves. Its arguments are the newest values already."""
-        storage = _storage(changed)
+        storage = storage_of(changed)
         assert storage is not None
         base = self.bases[storage]
         if base in self.held:
@@ -101,7 +101,7 @@ class _Memory:
         while view is not base:
             source = self.source(view)
             back = _BACK.get(view.target)
-            if back is None or (view.target is aten.detach.default and source.meta["val"].requires_grad):
+            if back is None or (view.target is aten.detach.default and source in self.learning):
                 raise UnsupportedError(
                     f"{_name(node)} {place(node)} writes through {view.target}, which cannot be taken back\n"
                     "  write it without the trailing underscore"
@@ -115,11 +115,6 @@ class _Memory:
         for user in list(node.users):
             user.replace_input_with(node, changed)
         node.graph.erase_node(node)
-
-
-def _storage(node: Any) -> int | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return StorageWeakRef(value.untyped_storage()).cdata if isinstance(value, torch.Tensor) else None
 
 
 def _name(node: fx.Node) -> str:

@@ -18,7 +18,7 @@ from meshwright.compiler.functional import functionalize
 from meshwright.compiler.fuse import FUSIONS, cut_segments
 from meshwright.compiler.graph import Segment
 from meshwright.compiler.masks.causal import is_causal
-from meshwright.compiler.rewriting import aten, insert, place, shape_of, static
+from meshwright.compiler.rewriting import aten, insert, place, shape_of, static, with_gradient
 
 Rewrite = Callable[[fx.Node], fx.Node | None]
 
@@ -40,6 +40,7 @@ def normalize(
     graph = module.graph
     _inline_submodules(module)
     functionalize(graph, attributes)
+    _drop_needless_detaches(graph)
     rewrites: dict[Any, Rewrite] = {**_REWRITES, **FUSIONS}
     rewrites[aten.cat.default] = _drop_empty_parts
     rewrites[aten.index.Tensor] = lambda node: _index(node, constants)
@@ -93,7 +94,8 @@ def _inline_submodules(module: fx.GraphModule) -> None:
             for inner in body.graph.nodes:
                 if inner.op == "placeholder":
                     outer = next(arguments)
-                    if cut and isinstance(outer.meta.get("val"), FakeTensor) and outer.meta["val"].requires_grad:
+                    value = outer.meta.get("val")
+                    if cut and isinstance(value, FakeTensor) and (value.is_floating_point() or value.is_complex()):
                         outer = insert(aten.detach.default, (outer,), like=node)
                     environment[inner] = outer
                 elif inner.op == "output":
@@ -158,7 +160,16 @@ def _expand(node: fx.Node) -> fx.Node | None:
 
 
 def _detach(node: fx.Node) -> fx.Node | None:
-    return None if _input(node).meta["val"].requires_grad else _input(node)
+    """One spelling."""
+    return insert(aten.detach.default, node.args, like=node) if node.target is aten.detach_.default else None
+
+
+def _drop_needless_detaches(graph: fx.Graph) -> None:
+    learning = with_gradient(graph)
+    for node in list(graph.nodes):
+        if node.target in (aten.detach.default, aten.detach_.default) and _input(node) not in learning:
+            node.replace_all_uses_with(_input(node))
+            graph.erase_node(node)
 
 
 def _dropout(node: fx.Node) -> fx.Node | None:
@@ -306,7 +317,6 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.alias.default: _input,
     aten.lift_fresh_copy.default: _input,
     aten.detach_.default: _detach,
-    aten.detach.default: _detach,
     aten.dropout.default: _dropout,
     aten.feature_dropout.default: _dropout,
     aten.slice.Tensor: _unless_changed,

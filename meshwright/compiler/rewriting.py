@@ -6,6 +6,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from meshwright.compiler.frames import frames
 
@@ -35,6 +36,51 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     arguments = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip((argument.name for argument in arguments), node.args, strict=False))
     return {argument.name: argument.default_value for argument in arguments} | given | dict(node.kwargs)
+
+
+def with_gradient(graph: fx.Graph) -> set[fx.Node]:
+    """The values that a gradient may flow to: what floats and depends on a parameter, not through a detach.
+
+    torch.export's own values do not tell. Memory is taken as a whole: what is written to one view counts for all.
+    """
+    found: set[fx.Node] = set()
+    storages: set[int] = set()
+    before = -1
+    while before != len(found) + len(storages):
+        before = len(found) + len(storages)
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder":
+                flows = isinstance(value, torch.Tensor) and value.requires_grad
+            elif node.target in (aten.detach.default, aten.detach_.default):
+                continue
+            else:
+                flows = any(source in found for source in node.all_input_nodes)
+            if isinstance(value, torch.Tensor):
+                flows = flows and (value.is_floating_point() or value.is_complex())
+                memory = storage_of(node)
+                writes = is_in_place(node) and memory is not None
+                if flows and writes:
+                    storages.add(memory)  # type: ignore[arg-type]
+                flows = flows or memory in storages
+            if flows:
+                found.add(node)
+    return found
+
+
+def storage_of(node: Any) -> int | None:
+    """The memory of a value, by which views of one another are known."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return StorageWeakRef(value.untyped_storage()).cdata if isinstance(value, torch.Tensor) else None
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether an operator changes its first argument."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    first = schema.arguments[0].alias_info if schema.arguments else None
+    return first is not None and first.is_write and node.target is not aten.detach_.default
 
 
 def static(size: Any) -> bool:
