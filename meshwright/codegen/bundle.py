@@ -58,6 +58,8 @@ def _check_stage(directory: Path, manifest: Mapping[str, Any], index: int) -> in
     known = {**manifest["parameters"], **manifest["buffers"]}
     count = 0
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _is_site(node.func):
+            _check_site(f"{path}:{node.lineno}", node, manifest["random"])
         if not isinstance(node, ast.Call) or len(node.args) < 2 or not _is_declaration(node.func):
             continue
         name, shape = ast.literal_eval(node.args[0]), ast.literal_eval(node.args[1])
@@ -74,6 +76,21 @@ def _check_stage(directory: Path, manifest: Mapping[str, Any], index: int) -> in
                 parse_type(ast.literal_eval(keyword.value))
         count += 1
     return count
+
+
+def _is_site(function: ast.expr) -> bool:
+    """``param.random(...)``."""
+    if not isinstance(function, ast.Attribute) or function.attr != "random":
+        return False
+    return isinstance(function.value, ast.Name) and function.value.id == "param"
+
+
+def _check_site(where: str, node: ast.Call, known: Mapping[str, Any]) -> None:
+    name = ast.literal_eval(node.args[0])
+    types = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+    matching = [entry for full, entry in known.items() if full == name or full.endswith(f".{name}")]
+    if not any(entry["types"] == types for entry in matching):
+        raise BundleError(f"{where} draws from {name!r}, split as {types}, which the manifest does not have")
 
 
 def _is_declaration(function: ast.expr) -> bool:

@@ -32,6 +32,7 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
             "sequence_parallel": plan.sequence_parallel,
             "recompute": plan.recompute,
             "precision": plan.precision,
+            "random": plan.random,
         },
         "symbols": {str(symbol): size for symbol, size in lowered.capture.symbols.items()},
         "fixed": list(lowered.capture.fixed),
@@ -59,6 +60,16 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
             for name, (buffer, stages) in lowered.buffers.items()
         },
         "parameters": _parameters(lowered),
+        "random": {
+            name: {
+                "site": drawn.site.number,
+                "operator": drawn.site.operator,
+                "at": drawn.site.at,
+                "types": {axis: str(type_) for axis, type_ in drawn.splits.items()},
+                "stages": list(drawn.stages),
+            }
+            for name, drawn in lowered.random.items()
+        },
         "explain": [row for stage in lowered.stages for row in _explained(lowered, stage)],
     }
 

@@ -3,13 +3,14 @@ schema.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from meshwright.compiler.graph import Value
+from meshwright.runtime import random
 
 aten = torch.ops.aten
 
@@ -265,6 +266,24 @@ def _by_schema(use: Use) -> Text:
     return Text(f"torch.ops.aten.{name}.{use.target._overloadname}({', '.join(written)})")
 
 
+def _in_training(position: int) -> Spelling:
+    """A function of the runtime whose argument at ``position`` says that the model is in training."""
+
+    def write(use: Use) -> Text:
+        args = [Text("self.training") if i == position else a for i, a in enumerate(use.args)]
+        return _runtime(replace(use, args=tuple(args)))
+
+    return write
+
+
+def _drawn(use: Use) -> Text:
+    """Noise of a shape of its own, as a rank has it."""
+    assert use.result is not None
+    sizes = [use.local(use.result, dim) for dim in range(len(use.result.shape))]
+    shape = f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
+    return Text(f"{use.target.__name__}({shape}, {plain(use.args[1])}, dtype={use.result.dtype}, device={use.device})")
+
+
 SPELLINGS: Mapping[Any, Spelling] = {
     aten.add.Tensor: _infix("+", 12),
     aten.sub.Tensor: _infix("-", 12, commutes=False),
@@ -296,6 +315,13 @@ SPELLINGS: Mapping[Any, Spelling] = {
     aten.embedding.default: _embedding,
     aten.scaled_dot_product_attention.default: _attention,
     F.cross_entropy: _cross_entropy,
+    random.dropout: _in_training(2),
+    random.feature_dropout: _in_training(2),
+    random.alpha_dropout: _in_training(2),
+    random.feature_alpha_dropout: _in_training(2),
+    random.attention_with_dropout: _in_training(4),
+    random.rand: _drawn,
+    random.randn: _drawn,
     aten.softmax.int: _function("F.softmax", "dim", "dtype"),
     aten.log_softmax.int: _function("F.log_softmax", "dim", "dtype"),
     aten.silu.default: _function("F.silu"),

@@ -68,9 +68,16 @@ def stage_view(lowered: Lowered, stage: Stage, edges: Mapping[str, str]) -> Stag
         legend=tuple(_legend(lowered, [line for body in bodies for line in body.lines])),
         uses_functional=functional,
         uses_torch="torch." in text,
-        runtime=", ".join(sorted({name for body in bodies for name in body.runtime})),
+        runtime=_imported(sorted({name for body in bodies for name in body.runtime})),
         classes=tuple(classes),
     )
+
+
+def _imported(names: Sequence[str]) -> str:
+    """Names behind ``from meshwright.runtime import``, one on a line where they are too many for one."""
+    line = ", ".join(names)
+    inside = "".join(f"    {name},\n" for name in names)
+    return line if len(line) <= 120 - len("from meshwright.runtime import ") else f"(\n{inside})"
 
 
 class _StageWriter:
@@ -207,8 +214,14 @@ class _StageWriter:
             }
         order = {node: i for i, node in enumerate(function.graph.nodes)}
         first = {str(n.target): min((order[u] for u in n.users), default=0) for n in order if n.op == "get_attr"}
+        drawn: list[str] = []
         for name, value in sorted(by_name.items(), key=lambda item: first.get(item[0], 0)):
             full = prefix + name
+            if full in self.lowered.random:
+                splits = self.lowered.random[full].splits.items()
+                arguments = ", ".join([_quoted(name), *(f'{axis}="{type_}"' for axis, type_ in splits)])
+                drawn.append(f"self.{attributes[name]} = param.random({arguments})")
+                continue
             placed = self.lowered.parameters.get(full)
             local = list(value.shape)
             for axis, type_ in value.types.items():
@@ -234,7 +247,7 @@ class _StageWriter:
         for line in lines:
             aligned = f"{line.code:<{width}}  # {line.margin}"
             out += [aligned] if line in short and len(aligned) + 8 <= 120 else _broken(line.code, line.margin)
-        return out
+        return out + [line for code in drawn for line in _broken(code)]
 
     def _inputs_comment(self, function: Function, names: Mapping[fx.Node, str]) -> str:
         groups: dict[str, list[str]] = {}

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from meshwright import runtime
 from meshwright.codegen.margin import BATCH_AXES, margin
 from meshwright.codegen.shapes import spell_expand, spell_view
 from meshwright.codegen.spelling import Text, Use, spell
@@ -44,7 +45,7 @@ FOLDED_VIEWS = VIEWS | {
     aten.slice.Tensor,
     aten.select.int,
 }
-RESERVED = {*keyword.kwlist, *dir(builtins), "self", "torch", "nn", "F", "param"}
+RESERVED = {*keyword.kwlist, *dir(builtins), "self", "torch", "nn", "F", "param", *runtime.__all__}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

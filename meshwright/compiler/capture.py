@@ -14,10 +14,11 @@ from torch.export.graph_signature import InputKind
 
 from meshwright.compiler.errors import PlanError, UnsupportedError
 from meshwright.compiler.frames import keep_all_frames
-from meshwright.compiler.graph import Buffer, Capture, Input, Parameter, Segment
+from meshwright.compiler.graph import Buffer, Capture, Input, Parameter, Segment, Site
 from meshwright.compiler.initial import initial_values
 from meshwright.compiler.normalize import normalize
 from meshwright.compiler.precision import RealIndices, float64
+from meshwright.compiler.random import refusing_other_generators
 from meshwright.compiler.tables import function_of
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
@@ -68,7 +69,8 @@ def capture(
         leaves = tuple(leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = _Step(model, rebuild, loss_fn)
     batch_size = _batch_size(leaves)
-    with _training(model), float64() if precision == "fp64" else nullcontext(), RealIndices():
+    reading = float64() if precision == "fp64" else nullcontext()
+    with _training(model), reading, RealIndices(), refusing_other_generators():
         exported, fixed = _export(step, leaves, batch_size, {names[i]: i for i in range(len(names))})
     renaming = _symbols(exported, leaves, batch_size)
     attributes, parameters, buffers, tensors = _state(exported, model)
@@ -85,10 +87,10 @@ def capture(
             constants[node] = exported.constants[spec.target]
     _check_loss(graph)
     segments: dict[str, tuple[str, Segment]] = {}
-    normalize(exported.graph_module, constants, attributes, segments if segment else None)
-    function = function_of(
-        graph, renaming, input_names, attributes, {name: p.trainable for name, p in parameters.items()}, segments
-    )
+    sites: dict[str, Site] = {}
+    normalize(exported.graph_module, constants, attributes, segments if segment else None, sites)
+    trainable = {name: p.trainable for name, p in parameters.items()}
+    function = function_of(graph, renaming, input_names, attributes, trainable, segments, set(sites))
     used = {segments[name][0] if name in segments else name for name in function.attributes()}
     return Capture(
         model=type(model).__name__,
@@ -101,6 +103,7 @@ def capture(
         fixed=fixed,
         tensors=tensors,
         segments=segments,
+        sites={name: site for name, site in sites.items() if name in used},
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from meshwright.compiler.errors import UnsupportedError
+from meshwright.compiler.random import IN_PLACE
 from meshwright.compiler.rewriting import (
     arguments_of,
     aten,
@@ -136,7 +137,7 @@ def _pure(node: fx.Node) -> fx.Node:
         result = _WRITES[name](node)
     else:
         pure_name = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")
-        pure = getattr(getattr(aten, pure_name, None), overload, None)
+        pure = IN_PLACE.get(node.target) or getattr(getattr(aten, pure_name, None), overload, None)
         if pure is None or pure._schema.is_mutable:
             raise UnsupportedError(
                 f"{name} {place(node)} has no form that leaves its input as it is\n"

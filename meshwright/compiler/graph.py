@@ -3,8 +3,8 @@
 Nodes of the graph, after normalization:
 
 - ``placeholder``: an input, by its name (``node.target``);
-- ``get_attr``: a parameter or buffer, by its path in the model (relative to the instance inside a block; a segment of a
-  parameter ends in ``[start:stop]``);
+- ``get_attr``: a parameter, a buffer or the site of a random operator, by its path in the model (relative to the
+  instance inside a block; a segment of a parameter ends in ``[start:stop]``);
 - ``call_function``: an aten operator, ``operator.getitem`` of one with several results, or a function of
   ``meshwright.runtime`` (conversions and what stands beside them), called as the emitted code calls it;
 - ``call_module``: an instance of a block, by its module path; the arguments are the block's placeholders in order;
@@ -162,12 +162,24 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A call of a random operator: its number in the order of the model's own calls, the function of
+    ``meshwright.runtime`` that draws for it, and where the model has it.
+    """
+
+    number: int
+    operator: str
+    at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capture:
     """The model as one function: placeholders are the inputs' names, attributes full names, the result is the loss.
 
     symbols: the symbolic sizes with their values in the example and what they are ("batch", "sequence").
     fixed: sizes that had to stay fixed, with the reason.
     segments: the pieces of fused parameters, by the names they have in graphs ("...weight[0:64]").
+    sites: what random operators draw from, by the names they have in graphs.
     """
 
     model: str
@@ -180,3 +192,4 @@ class Capture:
     fixed: tuple[str, ...]
     tensors: Mapping[str, torch.Tensor]
     segments: Mapping[str, tuple[str, Segment]] = field(default_factory=dict)
+    sites: Mapping[str, Site] = field(default_factory=dict)

@@ -16,8 +16,9 @@ from torch.fx.node import map_arg
 from meshwright.compiler.errors import UnsupportedError
 from meshwright.compiler.functional import functionalize
 from meshwright.compiler.fuse import FUSIONS, cut_segments
-from meshwright.compiler.graph import Segment
+from meshwright.compiler.graph import Segment, Site
 from meshwright.compiler.masks.causal import is_causal
+from meshwright.compiler.random import Sites, is_random
 from meshwright.compiler.rewriting import aten, insert, place, shape_of, static, with_gradient
 
 Rewrite = Callable[[fx.Node], fx.Node | None]
@@ -28,14 +29,16 @@ def normalize(
     constants: Mapping[fx.Node, torch.Tensor],
     attributes: Mapping[fx.Node, str],
     segments: dict[str, tuple[str, Segment]] | None,
+    sites: dict[str, Site],
 ) -> None:
     """Rewrite the graph of ``module`` in place.
 
     constants: placeholders of tensors that the model's code made, with their values. attributes: placeholders of
     parameters and buffers with their names. segments: filled with the parts of unevenly fused parameters, which are
     then
-    read one by one; None leaves them whole.
-    Raises UnsupportedError for dropout, and for in-place operations that have no pure form.
+    read one by one; None leaves them whole. sites: filled with what random operators draw from.
+    Raises UnsupportedError for random operators that are not supported, and for in-place operations that have no pure
+    form.
     """
     graph = module.graph
     _inline_submodules(module)
@@ -44,10 +47,11 @@ def normalize(
     rewrites: dict[Any, Rewrite] = {**_REWRITES, **FUSIONS}
     rewrites[aten.cat.default] = _drop_empty_parts
     rewrites[aten.index.Tensor] = lambda node: _index(node, constants)
+    drawn = Sites(sites, attributes.values())
     for node in list(graph.nodes):
         if node.op != "call_function" or node._erased:
             continue
-        rewrite = rewrites.get(node.target)
+        rewrite = drawn.rewrite if is_random(node.target) else rewrites.get(node.target)
         replacement = rewrite(node) if rewrite else None
         if replacement is not None and replacement is not node:
             node.replace_all_uses_with(replacement)
@@ -58,6 +62,7 @@ def normalize(
             _prove_mask(node, constants)
         elif node.target is aten.expand.default:
             _sink_expand(node)
+    drawn.finish()
     remove_dead(graph)
     if segments is not None:
         cut_segments(graph, attributes, segments)
@@ -172,24 +177,6 @@ def _drop_needless_detaches(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _dropout(node: fx.Node) -> fx.Node | None:
-    if node.args[1] and node.args[2]:
-        raise UnsupportedError(
-            f"dropout with p={node.args[1]} {place(node)} is not supported yet\n"
-            "  set the model's dropout probabilities to 0 (for Transformers: *_pdrop and *_dropout in the config)"
-        )
-    return _input(node)
-
-
-def _attention_dropout(node: fx.Node) -> None:
-    if len(node.args) > 4 and node.args[4] or node.kwargs.get("dropout_p"):
-        probability = node.args[4] if len(node.args) > 4 else node.kwargs["dropout_p"]
-        raise UnsupportedError(
-            f"dropout with p={probability} in scaled_dot_product_attention {place(node)} is not supported yet\n"
-            "  set the model's attention dropout to 0"
-        )
-
-
 def _drop_empty_parts(node: fx.Node) -> fx.Node | None:
     parts = [part for part in node.args[0] if shape_of(part.meta["val"]) != (0,)]  # type: ignore[union-attr]
     if len(parts) == 1:
@@ -238,12 +225,12 @@ def _whole_range(index: fx.Node, size: Any) -> int | None:
 
 def _prove_mask(node: fx.Node, constants: Mapping[fx.Node, torch.Tensor]) -> None:
     """Replace an explicit causal mask by is_causal=True, which costs no memory and keeps the fast kernel."""
-    _attention_dropout(node)
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if not isinstance(mask, fx.Node) or not is_causal(mask, constants):
         return
     kwargs = {key: value for key, value in node.kwargs.items() if key not in ("attn_mask", "dropout_p")}
-    node.args = node.args[:3]
+    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    node.args = (*node.args[:3], None, dropout) if dropout else node.args[:3]
     node.kwargs = {**kwargs, "is_causal": True}
 
 
@@ -288,7 +275,7 @@ def _share(graph: fx.Graph) -> None:
             continue
         scope = tuple(path for path, _ in node.meta.get("nn_module_stack", {}).values())
         key = repr((str(node.target), map_arg((node.args, dict(node.kwargs)), lambda n: _Name(n.name)), scope))
-        if key in seen and not _is_random(node):
+        if key in seen:
             node.replace_all_uses_with(seen[key])
             graph.erase_node(node)
         else:
@@ -302,10 +289,6 @@ class _Name(str):
         return f"%{self}"
 
 
-def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
 _REWRITES: dict[Any, Rewrite] = {
     aten.to.dtype: _cast,
     aten.to.dtype_layout: _cast,
@@ -317,8 +300,6 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.alias.default: _input,
     aten.lift_fresh_copy.default: _input,
     aten.detach_.default: _detach,
-    aten.dropout.default: _dropout,
-    aten.feature_dropout.default: _dropout,
     aten.slice.Tensor: _unless_changed,
     aten.expand.default: _unless_changed,
     aten.__and__.Tensor: _and,

@@ -11,6 +11,7 @@ from meshwright.compiler.mesh import AXES
 from meshwright.compiler.types import Type, parse_type
 
 SCHEDULES = ("gpipe", "1f1b")
+RANDOM = ("fast", "exact")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class Plan:
     recompute: "none".
     precision: None keeps the model's dtypes; "fp64" reads every floating dtype as float64, for proofs.
     compile: True lets the runtime torch.compile the blocks.
+    random: what dropout and noise draw by: "fast" by torch's own generator, seeded for each piece of a tensor; "exact"
+    by the position of each element, the same on every mesh.
     pins: types at rest of parameters by name pattern, as in {"*.up_proj.weight": {"tp": "S(0)"}}; whole is "I".
     """
 
@@ -37,6 +40,7 @@ class Plan:
     recompute: str = "none"
     precision: Literal["fp64"] | None = None
     compile: bool = False
+    random: Literal["fast", "exact"] = "fast"
     pins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,6 +60,8 @@ class Plan:
             raise UnsupportedError(f"precision={self.precision!r} is not supported yet: use None or 'fp64'")
         if self.compile:
             raise UnsupportedError("compile=True is not supported yet: use False")
+        if self.random not in RANDOM:
+            raise PlanError(f"random={self.random!r}: random numbers are drawn {' or '.join(map(repr, RANDOM))}")
         for pattern, types in self.pins.items():
             for axis, text in types.items():
                 if axis not in AXES or axis == "pp":

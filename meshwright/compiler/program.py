@@ -5,10 +5,10 @@ sends.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from meshwright.compiler.graph import Block, Buffer, Capture, Function, Parameter, Segment, Value
+from meshwright.compiler.graph import Block, Buffer, Capture, Function, Parameter, Segment, Site, Value
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.plan import Plan
-from meshwright.compiler.types import Held
+from meshwright.compiler.types import Held, Type
 from meshwright.runtime.actions import Action
 
 
@@ -22,6 +22,15 @@ class Placed:
     held: Mapping[str, Held]
     stages: tuple[int, ...]
     segment: Segment | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A site of a random operator: how the tensor that it draws is split, by axis, and the stages that draw it."""
+
+    site: Site
+    splits: Mapping[str, Type]
+    stages: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +69,8 @@ class Stage:
 class Lowered:
     """Everything that codegen needs.
 
-    blocks: by the module path of every instance. parameters: by the names that graphs use (segments apart).
+    blocks: by the module path of every instance. parameters: by the names that graphs use (segments apart). random: the
+    sites of random operators, in the order of the model's calls.
     """
 
     capture: Capture
@@ -71,5 +81,6 @@ class Lowered:
     stages: tuple[Stage, ...]
     parameters: Mapping[str, Placed]
     buffers: Mapping[str, tuple[Buffer, tuple[int, ...]]]
+    random: Mapping[str, Drawn]
     loss: Value
     warnings: tuple[str, ...] = ()

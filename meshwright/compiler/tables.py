@@ -1,6 +1,6 @@
 """From torch.export's graph to a Function: named attributes, symbolic sizes among the arguments, a Value per tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import sympy
@@ -11,6 +11,10 @@ from torch.fx.node import map_aggregate
 from meshwright.compiler.graph import Function, Segment, Value
 from meshwright.compiler.names import origins
 from meshwright.compiler.types import Size
+from meshwright.runtime.random import rand_like, randn_like
+
+WITHOUT_GRADIENT = {torch.ops.aten.detach.default, rand_like, randn_like}
+"""What no gradient flows through, whatever it reads."""
 
 
 def function_of(
@@ -20,6 +24,7 @@ def function_of(
     attributes: Mapping[fx.Node, str],
     trainable: Mapping[str, bool],
     segments: Mapping[str, tuple[str, Segment]],
+    sites: Set[str] = frozenset(),
 ) -> Function:
     """Copy a normalized graph with symbols renamed; sizes become arguments instead of nodes; what is unused is left
     out.
@@ -40,7 +45,7 @@ def function_of(
             continue
         if node.op == "placeholder" and node not in inputs and node not in attributes:
             continue
-        if node.op == "get_attr" and str(node.target) not in segments:
+        if node.op == "get_attr" and str(node.target) not in segments and str(node.target) not in sites:
             continue
         if node.op == "output":
             result.output(tuple(copies[n] for n in node.args[0]))
@@ -70,7 +75,7 @@ def function_of(
             values[copy] = Value(
                 shape=tuple(size(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in val.shape),
                 dtype=val.dtype,
-                grad=flows and val.is_floating_point() and copy.target is not torch.ops.aten.detach.default,
+                grad=flows and val.is_floating_point() and copy.target not in WITHOUT_GRADIENT,
                 made_of="inputs" if not reads_parameters[copy] else "data" if reads_inputs[copy] else "parameters",
             )
     function = Function(graph=result, values=values, origins=origins(result))

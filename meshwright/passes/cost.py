@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from meshwright.compiler.graph import Function, Value
 from meshwright.compiler.types import Size, Type
+from meshwright.runtime.random import attention_with_dropout
 
 aten = torch.ops.aten
 
@@ -84,7 +85,7 @@ def compute_time(prices: Prices, node: fx.Node, operands: tuple[Value, ...], res
         left, right = operands
         contracted = right.shape[-1 if node.target is aten.linear.default else -2 if len(right.shape) > 1 else 0]
         return 2 * prices.elements(results[0]) * prices.size(contracted) / FLOPS * (3 if grad else 1)
-    if node.target is aten.scaled_dot_product_attention.default:
+    if node.target in (aten.scaled_dot_product_attention.default, attention_with_dropout):
         return 4 * prices.elements(results[0]) * prices.size(operands[1].shape[-2]) / FLOPS * (3 if grad else 1)
     traffic = sum(prices.elements(value) for value in (*operands, *results)) * BYTES
     if node.target is aten.embedding.default:

@@ -13,6 +13,7 @@ from meshwright.compiler.mesh import MICROBATCH_AXIS, Mesh
 from meshwright.compiler.plan import Plan
 from meshwright.compiler.program import Edge, Lowered, Placed, Stage
 from meshwright.compiler.types import Held, I, R, S, Type
+from meshwright.passes.drawn import drawn
 from meshwright.passes.partition import Partition
 from meshwright.passes.schedule import PEAKS, schedule
 from meshwright.runtime.collectives import all_reduce
@@ -51,6 +52,7 @@ def lower(
         for k, cutter in enumerate(cutters)
     )
     parameters, buffers = _placed(capture, blocks, stages, plan, mesh)
+    random = drawn(capture, blocks, stages)
     return Lowered(
         capture=capture,
         mesh=mesh,
@@ -60,6 +62,7 @@ def lower(
         stages=stages,
         parameters=parameters,
         buffers=buffers,
+        random=random,
         loss=blocks.main.values[loss],
         warnings=(*warnings, *_held_back(plan.schedule, num_stages, microbatches, edges)),
     )
@@ -209,6 +212,8 @@ def _placed(
     parameters: dict[str, Placed] = {}
     buffers: dict[str, tuple[Any, tuple[int, ...]]] = {}
     for name, (value, where) in users.items():
+        if name in capture.sites:
+            continue
         owner, segment = capture.segments.get(name, (name, None))
         if owner in capture.parameters:
             parameter = capture.parameters[owner]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from meshwright.compiler.graph import Value
 from meshwright.passes.factors import Factor, Factors, Place, Rule, instantiate, of_view, quotient
+from meshwright.runtime import random
 
 aten = torch.ops.aten
 
@@ -341,6 +342,18 @@ def _same_shape(call: Call) -> Factors:
     return Factors(factors=tuple(_same(call)), linear=(frozenset({0}),))
 
 
+RANDOM_RULES: Rules = {
+    random.dropout: _pointwise,
+    random.feature_dropout: _pointwise,
+    random.alpha_dropout: _pointwise,
+    random.feature_alpha_dropout: _pointwise,
+    random.attention_with_dropout: _attention,
+    random.rand_like: _pointwise,
+    random.randn_like: _pointwise,
+    random.rand: _constant,
+    random.randn: _constant,
+}
+
 DEFAULT_RULES: Rules = {
     # pointwise, though torch does not tag it: it is composite
     aten.to.dtype: _pointwise,
@@ -384,6 +397,8 @@ DEFAULT_RULES: Rules = {
     aten.cat.default: _cat,
     aten.pad.default: _pad,
     aten.detach.default: _same_shape,
+    # random operators: every piece is drawn by its place
+    **RANDOM_RULES,
     # constants
     aten.zeros.default: _constant,
     aten.ones.default: _constant,

@@ -11,6 +11,17 @@ from meshwright.runtime.collectives import (
     shard_range,
 )
 from meshwright.runtime.errors import BundleError, MeshwrightError, PlanError, RankError
+from meshwright.runtime.random import (
+    alpha_dropout,
+    attention_with_dropout,
+    dropout,
+    feature_alpha_dropout,
+    feature_dropout,
+    rand,
+    rand_like,
+    randn,
+    randn_like,
+)
 from meshwright.runtime.trainer import Trainer
 
 __all__ = [
@@ -22,8 +33,17 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "alpha_dropout",
+    "attention_with_dropout",
+    "dropout",
+    "feature_alpha_dropout",
+    "feature_dropout",
     "invariant_to_replicated",
     "part_of_mean",
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
     "reduce_scatter",
     "shard",
     "shard_range",

@@ -33,6 +33,7 @@ class Executor:
     """Runs one stage.
 
     before_backward(last): called before every backward, ``last`` on the step's last. after_backward(): after it.
+    entering(microbatch): called before every forward and every backward.
     loss_parts: by what a microbatch's loss is divided, 1 where the loss of the whole is their sum.
     """
 
@@ -42,6 +43,7 @@ class Executor:
     groups: Groups
     before_backward: Callable[[bool], None]
     after_backward: Callable[[], None]
+    entering: Callable[[int], None] = lambda microbatch: None
     arguments: tuple[str, ...] = field(init=False)
     messages: Messages = field(init=False)
     has_loss: bool = field(init=False)
@@ -92,6 +94,7 @@ class Executor:
             if after is None:
                 break
             try:
+                self.entering(after.microbatch)
                 if after.kind == "F":
                     loss = self._forward(after.microbatch, {**batches[after.microbatch], **prepared}, shapes)
                     total = loss if total is None else total + loss if loss is not None else total

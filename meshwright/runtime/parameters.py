@@ -10,6 +10,7 @@ from torch import nn
 from meshwright.runtime.errors import BundleError
 from meshwright.runtime.groups import Groups
 from meshwright.runtime.layout import Piece, Split, parse, piece_of
+from meshwright.runtime.random import Draws, Random
 from meshwright.runtime.weights import Weights
 
 Segment = tuple[int, int, int]
@@ -52,8 +53,12 @@ class Declared:
     groups: Groups
     source: Weights
     own: Weights
+    draws: Draws = field(init=False)
     held: dict[tuple[str, Segment | None], Held] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.draws = Draws(groups=self.groups, exact=self.manifest["plan"].get("random") == "exact")
 
     def check_complete(self) -> None:
         """Raises BundleError for a parameter that the manifest places on this stage and the file does not declare."""
@@ -109,6 +114,23 @@ class Param:
             value = source.stored(full, whole(entry), getattr(torch, entry["dtype"]))
             self.declared.buffers[full] = value.to(self.declared.groups.device)
         return self.declared.buffers[full]
+
+    def random(self, name: str, **types: str) -> Random:
+        """What the random operator ``name`` draws from. types: how its whole tensor is split, by axis.
+
+        Raises BundleError where the manifest says otherwise.
+        """
+        full = self.prefix + name
+        entry = self.declared.manifest.get("random", {}).get(full)
+        if entry is None:
+            raise BundleError(f"the stage file draws from {full!r}, which the manifest does not have")
+        if types != entry["types"]:
+            raise BundleError(
+                f"{full}: the stage file draws a tensor split as {types}, the manifest says {entry['types']}"
+            )
+        batch_first = sorted(types.items(), key=lambda item: item[0] not in ("dp", "mb"))
+        splits = tuple((axis, split) for axis, text in batch_first if isinstance(split := parse(text)[1], Split))
+        return Random(draws=self.declared.draws, site=entry["site"], splits=splits)
 
     def _held(self, full: str, entry: Mapping[str, Any], part: Segment | None, types: Mapping[str, str]) -> Held:
         groups = self.declared.groups

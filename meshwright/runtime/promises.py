@@ -31,6 +31,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
             _check_stages(manifest, repr(name), entry["stages"])
     for name, entry in manifest["parameters"].items():
         _check_parameter(manifest, name, entry)
+    _check_sites(manifest)
     _check_stages(manifest, "the loss", [manifest["loss"]["stage"]])
 
 
@@ -101,6 +102,18 @@ def _check_schedule(manifest: Mapping[str, Any], index: int, stage: Mapping[str,
             f"the schedule of stage {index} is not one forward and one backward of each of "
             f"{manifest['plan']['microbatches']} microbatches: {stage['schedule']}"
         )
+
+
+def _check_sites(manifest: Mapping[str, Any]) -> None:
+    """Every random operator has a number of its own, and is split on axes that exist."""
+    sites = manifest.get("random", {})
+    if len({entry["site"] for entry in sites.values()}) != len(sites):
+        raise BundleError("two of its random operators have the same site")
+    for name, entry in sites.items():
+        _check_stages(manifest, f"random operator {name!r}", entry["stages"])
+        for axis, text in entry["types"].items():
+            if (axis not in manifest["mesh"] and axis != "mb") or not isinstance(parse(text)[1], Split):
+                raise BundleError(f"random operator {name!r} has the type {text!r} on {axis}, which does not split it")
 
 
 def _check_parameter(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> None:

@@ -32,7 +32,8 @@ class Trainer:
     bundle: its directory. optimizer: takes this rank's ``(name, parameter)`` pairs and returns a torch optimizer; under
     ZeRO they are flat pieces, which is right for optimizers that work element by element. weights: None takes the
     bundle's, a path takes safetensors by the model's names; without either, parameters are drawn from ``seed``, the
-    same on every mesh. device: None takes CUDA where there is one.
+    same on every mesh. device: None takes CUDA where there is one. seed: also of dropout and noise, which are drawn
+    from it and the number of steps before: the same run draws the same again, and goes on so from a checkpoint.
 
     A collective may take 300 seconds, or the environment's MESHWRIGHT_TIMEOUT. Where a rank fails it raises RankError
     naming the action and why, and the other ranks end within seconds.
@@ -73,6 +74,7 @@ class Trainer:
                 groups=self.groups,
                 before_backward=self._before_backward,
                 after_backward=self._after_backward,
+                entering=self._entering,
             )
             pairs = [pair for unit in self.units for pair in unit.updates]
             # Torch's optimizers refuse an empty list, and a rank of a small model may have nothing to update.
@@ -133,6 +135,7 @@ class Trainer:
     def evaluate(self, part: Batch) -> torch.Tensor:
         """The loss of the whole batch in eval mode, without gradients (0-dim), the same on every rank."""
         with self._reporting("evaluation", PlanError), torch.no_grad():
+            self._check_noise()
             self.module.eval()
             try:
                 forwards = sorted((a for a in self.actions if a.kind == "F"), key=lambda a: a.microbatch)
@@ -152,6 +155,7 @@ class Trainer:
             n: v.to(self.groups.device) if isinstance(v, torch.Tensor) else v for n, v in values.items() if n in wanted
         }
         parts = microbatch_parts(here, inputs, self.groups.microbatches)
+        self.declared.draws.seed, self.declared.draws.step = self.seed, self.num_steps
         self._uses.begin(kind)
         total = self.executor.run(actions, parts, self._prepared(here), symbols, kind == "training")
         self._uses.end()
@@ -221,6 +225,19 @@ class Trainer:
             self._watch.stop()
 
     # Inside
+
+    def _entering(self, microbatch: int) -> None:
+        self.declared.draws.microbatch = microbatch
+
+    def _check_noise(self) -> None:
+        """Raises PlanError where the program has noise that is no dropout: whether eval mode has it is not known."""
+        for name, entry in self.manifest.get("random", {}).items():
+            if not entry["operator"].endswith("dropout"):
+                raise PlanError(
+                    f"cannot evaluate: {name} draws noise ({entry['operator']} {entry['at']}), and the program was "
+                    "captured in training: whether the model draws it in eval mode too is not known\n"
+                    "  evaluate the model itself with the parameters of full_state_dict()"
+                )
 
     def _before_backward(self, last: bool) -> None:
         for unit in self.units:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,16 @@ def squared_error(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.
 
 
 def reference(
-    model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None = None, steps: int = STEPS
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    loss_fn: LossFunction | None = None,
+    steps: int = STEPS,
+    random: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
 ) -> dict[str, Any]:
-    """Losses, gradients of the first and last step and the parameters after it, on one device. Changes ``model``."""
+    """Losses, gradients of the first and last step and the parameters after it, on one device. Changes ``model``.
+
+    random: what the forward of a step stands in.
+    """
     model, batch = model.double().train(), doubled(batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses, gradients = [], []
@@ -41,7 +49,8 @@ def reference(
 
     for step in range(steps):
         optimizer.zero_grad()
-        value = compute()
+        with random(step):
+            value = compute()
         value.backward()
         losses.append(value.item())
         if step in (0, steps - 1):

@@ -76,12 +76,6 @@ def test_no_loss() -> None:
         compile_parallel(models.build("llama"), Mesh(dp=2), example_inputs=batch)
 
 
-def test_dropout() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
-    with pytest.raises(UnsupportedError, match="^dropout with p=0.1 .* is not supported yet"):
-        compile_parallel(model, Mesh(dp=2), example_inputs=(torch.randn(4, 4),), loss_fn=lambda m, b: m(*b).sum())
-
-
 class DataDependent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from meshwright.compiler.errors import PlanError
 from meshwright.passes.factors import Rule, of_view, parse
-from meshwright.passes.rules import DEFAULT_RULES
+from meshwright.passes.rules import DEFAULT_RULES, RANDOM_RULES
 from meshwright.testing import check_rule
 
 aten = torch.ops.aten
@@ -77,8 +77,8 @@ CASES: dict[Any, list[Callable[[], tuple[list[Any], dict[str, Any]]]]] = {
     aten.zeros_like.default: [lambda: ([_x(4, 6)], {})],
     aten.ones_like.default: [lambda: ([_x(4, 6)], {})],
 }
-CONSTANTS = {aten.zeros.default, aten.ones.default, aten.full.default}
-"""They have no operand: their pieces are made with the piece's own shape."""
+CONSTANTS = {aten.zeros.default, aten.ones.default, aten.full.default, *RANDOM_RULES}
+"""They have no operand: their pieces are made with the piece's own shape; or they are random (test_random.py)."""
 
 POINTWISE: list[tuple[Any, list[Any]]] = [
     (aten.add.Tensor, [_x(2, 4, 6), _x(4, 6)]),
