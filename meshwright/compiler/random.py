@@ -87,13 +87,14 @@ class Sites:
             node.graph.erase_node(node)
 
     def _name(self, node: fx.Node, operator: str) -> str:
-        """A new site, named by the module that draws."""
-        stack = module_stack(node)
-        path = stack[-1][0] if stack else ""
-        name, number = path or "random", 1
+        """A new site, named by its module where that is a dropout, else by what the module calls."""
+        path, kind = (module_stack(node) or (("", ""),))[-1]
+        called = operator.removesuffix("_with_dropout")
+        name = base = path if path and "Dropout" in kind else f"{path}.{called}".lstrip(".")
+        number = 1
         while name in self.taken:
             number += 1
-            name = f"{path or 'random'}.{number}"
+            name = f"{base}_{number}"
         self.taken.add(name)
         self.found[name] = Site(number=len(self.found), operator=operator, at=place(node))
         return name
