@@ -38,7 +38,8 @@ class Model(nn.Module):
         return x  # type: ignore[no-any-return]
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.head(self.hidden(tokens)).flatten(0, 1), labels.flatten())
+        logits: torch.Tensor = self.head(self.hidden(tokens))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 class StopGradient(Model):
@@ -46,20 +47,23 @@ class StopGradient(Model):
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         x = self.hidden(tokens)
-        logits = self.head(x)
+        logits: torch.Tensor = self.head(x)
         with torch.no_grad():
             target = self.head(x * 2.0).softmax(-1)
         distance = (logits.softmax(-1) - target).pow(2).mean()
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + distance + (logits * logits.detach()).mean()
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + distance + (logits * logits.detach()).mean()
+        return total  # type: ignore[no-any-return]
 
 
 class Weighted(Model):
     """A weight for each token, normalized over the global batch, and two losses added."""
 
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, tokens: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         logits = self.head(self.hidden(tokens))
         chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return -(chosen * weights).sum() / weights.sum() + 0.1 * logits.pow(2).mean()
+        return -(chosen * weights).sum() / weights.sum() + 0.1 * logits.pow(2).mean()  # type: ignore[no-any-return]
 
 
 class ClassWeights(Model):
@@ -151,7 +155,7 @@ class Buffers(Model):
         assert isinstance(self.positions, torch.Tensor) and isinstance(self.decay, torch.Tensor)
         x = super().hidden(tokens) + self.positions[: tokens.shape[1]]
         ramp = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(-1)
-        return x * self.decay + torch.ones_like(x) * ramp  # type: ignore[no-any-return]
+        return x * self.decay + torch.ones_like(x) * ramp
 
 
 class Scattered(Model):

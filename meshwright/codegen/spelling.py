@@ -186,6 +186,11 @@ def _select(use: Use) -> Text:
     return Text(f"{x.at(20)}[{':, ' * dim}{plain(index)}]")
 
 
+def _index(use: Use) -> Text:
+    x, indices = use.args
+    return Text(f"{x.at(20)}[{', '.join(':' if index is None else index.code for index in indices)}]")
+
+
 def _chunk(use: Use) -> Text:
     x, size, dim = (*use.args, *(0,)[len(use.args) - 2 :])  # type: ignore[misc]
     whole = use.operands[0].shape[dim]
@@ -258,6 +263,9 @@ def _by_schema(use: Use) -> Text:
     ):
         values.pop()
     written = [plain(a) for a in values] + [f"{k}={plain(v)}" for k, v in kwargs.items()]
+    for family in ("fft", "linalg", "special"):
+        if name.startswith(f"{family}_"):
+            return Text(f"torch.{family}.{name.removeprefix(family + '_')}({', '.join(written)})")
     owner = next((o for o, m in (("torch", torch), ("F", F)) if hasattr(m, name)), None)
     if owner is not None:
         return Text(f"{owner}.{name}({', '.join(written)})")
@@ -330,6 +338,7 @@ SPELLINGS: Mapping[Any, Spelling] = {
     aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
+    aten.index.Tensor: _index,
     aten.split.Tensor: _chunk,
     aten.pad.default: _pad,
     aten.arange.default: _arange,

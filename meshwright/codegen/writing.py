@@ -234,21 +234,21 @@ class Writer:
         if call.skip:
             return
         self._open_section(node)
-        arguments = [self._text(n).code for n in node.args]  # type: ignore[arg-type]
         last = call.last
         if call.loop is None:
+            arguments = [self._text(n).code for n in node.args]  # type: ignore[arg-type]
             name = self._take_results(node, position)
             self._emit(
                 f"{name} = self.{call.attribute}({', '.join(arguments)})",
                 node if node in self.function.values else None,
             )
             return
-        carried = node.args[call.carried]
+        carried: fx.Node = node.args[call.carried]  # type: ignore[assignment]
         name = self._preferred(last)
-        if self.called[carried] != name or self.last_use[carried] > position:  # type: ignore[index]
-            self._free(name, position, but=carried)  # type: ignore[arg-type]
-            self._emit(f"{name} = {arguments[call.carried]}", None, blank=True)
-        arguments[call.carried] = name
+        self._keep(name, position, carried)
+        if self.called[carried] != name:
+            self._emit(f"{name} = {self._text(carried).code}", None, blank=True)
+        arguments = [name if n is carried else self._text(n).code for n in node.args]  # type: ignore[arg-type]
         self.lines.append(
             Line(code=f"for {call.variable} in self.{call.loop}:", margin="", blank=not self._was_blank())
         )
@@ -327,9 +327,21 @@ class Writer:
         self._bind(node, name)
         return name
 
-    def _free(self, name: str, position: float, but: fx.Node | None = None) -> bool:
+    def _keep(self, name: str, position: float, carried: fx.Node) -> None:
+        """Give what ``name`` holds another name, if it is read in or after the loop that is about to take the name."""
         old = self.bound.get(name)
-        if old is None or old is but or self.called.get(old) != name or self.last_use[old] <= position:
+        if old is None or self._free(name, position if old is carried else position - 0.5):
+            return
+        number = 2
+        while f"{name}_{number}" in self.bound:
+            number += 1
+        self._emit(f"{name}_{number} = {name}", None)
+        self._bind(old, f"{name}_{number}")
+
+    def _free(self, name: str, position: float) -> bool:
+        """Whether ``name`` may be taken, perhaps after what it holds got an alias that the user's source has."""
+        old = self.bound.get(name)
+        if old is None or self.called.get(old) != name or self.last_use[old] <= position:
             return True
         origin = self.function.origins.get(old)
         for alias in origin.aliases if origin else ():
@@ -368,7 +380,10 @@ class Writer:
             return self._spelled(node)
         if node.op == "get_attr":
             return Text(f"self.{self.attributes[str(node.target)]}")
-        return Text(self.called[node])
+        name = self.called[node]
+        if self.bound.get(name) is not node:
+            raise InternalError(f"{name!r} holds another value where {node.name} is read")
+        return Text(name)
 
     def _spelled(self, node: fx.Node) -> Text:
         values = self.function.values

@@ -201,6 +201,13 @@ def _again(view: fx.Node, source: fx.Node, part: fx.Node, where: fx.Node) -> fx.
     return _insert(view.target, (part, *view.args[1:]), dict(view.kwargs), where)
 
 
+def _sliced(view: fx.Node, source: fx.Node, part: fx.Node, where: fx.Node) -> fx.Node:
+    """A slice of everything is replaced as a whole."""
+    if shape_of(view.meta["val"]) == shape_of(source.meta["val"]):
+        return part
+    return _into(aten.slice_scatter.default)(view, source, part, where)
+
+
 def _into(scatter: Any) -> Back:
     return lambda view, source, part, where: _insert(scatter, (source, part, *view.args[1:]), dict(view.kwargs), where)
 
@@ -211,7 +218,7 @@ def _itself(view: fx.Node, source: fx.Node, part: fx.Node, where: fx.Node) -> fx
 
 _BACK: Mapping[Any, Back] = {
     aten.select.int: _into(aten.select_scatter.default),
-    aten.slice.Tensor: _into(aten.slice_scatter.default),
+    aten.slice.Tensor: _sliced,
     aten.transpose.int: _again,
     aten.t.default: _again,
     aten.permute.default: _unpermuted,

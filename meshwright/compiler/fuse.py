@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from meshwright.compiler.errors import UnsupportedError
 from meshwright.compiler.graph import Segment
-from meshwright.compiler.rewriting import aten, insert, place, shape_of, static
+from meshwright.compiler.rewriting import arguments_of, aten, insert, place, shape_of, static
 
 
 def _linear(node: fx.Node) -> fx.Node | None:
@@ -67,22 +67,57 @@ def _addmm(node: fx.Node) -> fx.Node | None:
 
 
 def _cross_entropy(node: fx.Node) -> fx.Node | None:
-    """The mean over valid labels as a sum over a count: both are partial where the tokens are split."""
-    defaults = (None, None, None, 1, -100, 0.0)
-    logits, labels, weight, reduction, ignore_index, smoothing = (*node.args, *defaults[len(node.args) :])  # type: ignore[misc]
-    if labels.meta["val"].is_floating_point() or weight is not None or smoothing or reduction == 0:  # type: ignore[union-attr]
+    """The mean over valid labels as a sum over a count: both are partial where the tokens are split.
+
+    With class weights the count is the sum of the valid labels' weights, with soft targets the number of rows.
+    """
+    given = arguments_of(node)
+    logits, labels, weight = _rows(node, given["self"]), given["target"], given["weight"]
+    soft = labels.meta["val"].is_floating_point()
+    labels = _rows(node, labels) if soft else _flat(node, labels)
+    if given["reduction"] == NONE:
         raise UnsupportedError(
-            f"cross entropy {place(node)} with soft labels, class weights, label smoothing or reduction='none' is not "
-            "supported yet\n  write it with log_softmax and gather"
+            f"cross entropy {place(node)} with reduction='none' is not supported yet\n"
+            "  write it with log_softmax and gather"
         )
-    options = {"reduction": "sum"} if ignore_index == -100 else {"reduction": "sum", "ignore_index": ignore_index}
-    total = insert(F.cross_entropy, (logits, labels), options, like=node)
-    if reduction == 2:
+    options: dict[str, Any] = {"reduction": "sum"}
+    if given["ignore_index"] != -100 and not soft:
+        options["ignore_index"] = given["ignore_index"]
+    if given["label_smoothing"]:
+        options["label_smoothing"] = given["label_smoothing"]
+    operands = (logits, labels) if weight is None else (logits, labels, weight)
+    total = insert(F.cross_entropy, operands, options, like=node)
+    if given["reduction"] == SUM:
         return total
-    valid = insert(aten.ne.Scalar, (labels, ignore_index), like=node)
-    count = insert(aten.sum.default, (valid,), like=node)
+    if soft:
+        count: Any = insert(aten.ones_like.default, (insert(aten.select.int, (logits, 1, 0), like=node),), like=node)
+    else:
+        count = insert(aten.ne.Scalar, (labels, given["ignore_index"]), like=node)
+        if weight is not None:
+            known = insert(aten.mul.Tensor, (labels, count), like=node)  # an ignored label is no index
+            count = insert(aten.mul.Tensor, (insert(aten.index.Tensor, (weight, [known]), like=node), count), like=node)
+    count = insert(aten.sum.default, (count,), like=node)
     count.meta["name"] = "num_valid"
     return insert(aten.div.Tensor, (total, count), like=node)
+
+
+NONE, SUM = 0, 2
+"""How torch numbers reductions."""
+
+
+def _rows(node: fx.Node, logits: fx.Node) -> fx.Node:
+    """(N, C, ...) as (N * ..., C): the classes last, as a matrix."""
+    shape = logits.meta["val"].shape
+    if len(shape) == 2:
+        return logits
+    if len(shape) == 1:
+        return insert(aten.unsqueeze.default, (logits, 0), like=node)
+    last = insert(aten.permute.default, (logits, [0, *range(2, len(shape)), 1]), like=node)
+    return insert(aten.reshape.default, (last, [-1, shape[1]]), like=node)
+
+
+def _flat(node: fx.Node, labels: fx.Node) -> fx.Node:
+    return labels if labels.meta["val"].ndim == 1 else insert(aten.reshape.default, (labels, [-1]), like=node)
 
 
 FUSIONS: dict[Any, Callable[[fx.Node], fx.Node | None]] = {

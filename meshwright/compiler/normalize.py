@@ -19,7 +19,7 @@ from meshwright.compiler.fuse import FUSIONS, cut_segments
 from meshwright.compiler.graph import Segment, Site
 from meshwright.compiler.masks.causal import is_causal
 from meshwright.compiler.random import Sites, is_random
-from meshwright.compiler.rewriting import aten, insert, place, shape_of, static, with_gradient
+from meshwright.compiler.rewriting import arguments_of, aten, insert, place, shape_of, static, with_gradient
 
 Rewrite = Callable[[fx.Node], fx.Node | None]
 
@@ -155,8 +155,19 @@ def _and(node: fx.Node) -> fx.Node:
     return insert(aten.bitwise_and.Tensor, (left, right), like=node)
 
 
+def _made(target: Any) -> Rewrite:
+    """A tensor filled with one value, made without another as a pattern."""
+
+    def rewrite(node: fx.Node) -> fx.Node:
+        given = arguments_of(node)
+        rest = (given["fill_value"],) if "fill_value" in given else ()
+        return insert(target, (given["size"], *rest), {"dtype": node.meta["val"].dtype}, like=node)
+
+    return rewrite
+
+
 def _is_all_true(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.new_ones.default and node.meta["val"].dtype == torch.bool
+    return isinstance(node, fx.Node) and node.target is aten.ones.default and node.meta["val"].dtype == torch.bool
 
 
 def _expand(node: fx.Node) -> fx.Node | None:
@@ -300,6 +311,9 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.alias.default: _input,
     aten.lift_fresh_copy.default: _input,
     aten.detach_.default: _detach,
+    aten.new_zeros.default: _made(aten.zeros.default),
+    aten.new_ones.default: _made(aten.ones.default),
+    aten.new_full.default: _made(aten.full.default),
     aten.slice.Tensor: _unless_changed,
     aten.expand.default: _unless_changed,
     aten.__and__.Tensor: _and,

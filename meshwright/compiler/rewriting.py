@@ -19,7 +19,8 @@ def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = N
         node = like.graph.call_function(target, args, kwargs or {})
     node.meta.update({key: value for key, value in like.meta.items() if key in ("stack_trace", "nn_module_stack")})
     values = map_arg((args, kwargs or {}), lambda n: n.meta["val"])
-    modes = [n.meta["val"].fake_mode for n in node.all_input_nodes if isinstance(n.meta.get("val"), FakeTensor)]
+    given = [n.meta.get("val") for n in (*node.all_input_nodes, like)]
+    modes = [value.fake_mode for value in given if isinstance(value, FakeTensor)]
     with modes[0]:
         node.meta["val"] = target(*values[0], **values[1])
     return node

@@ -38,6 +38,11 @@ def function_of(
     def size(expression: Any) -> Size:
         return simplify(expression, renaming)
 
+    def argument(given: Any) -> Any:
+        if isinstance(given, torch.SymInt):
+            return size(given.node.expr)
+        return copies[given] if isinstance(given, fx.Node) else given
+
     for node in graph.nodes:
         val = node.meta.get("val")
         if isinstance(val, (torch.SymInt, int)) and node.op == "call_function" and not isinstance(val, bool):
@@ -57,9 +62,7 @@ def function_of(
         elif node in attributes or node.op == "get_attr":
             copy = result.create_node("get_attr", attributes.get(node, str(node.target)))
         else:
-            arguments = map_aggregate(
-                (node.args, dict(node.kwargs)), lambda a: copies[a] if isinstance(a, fx.Node) else a
-            )
+            arguments = map_aggregate((node.args, dict(node.kwargs)), argument)
             copy = result.create_node("call_function", node.target, *arguments)
         copy.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "name")}
         copies[node] = copy
@@ -75,7 +78,7 @@ def function_of(
             values[copy] = Value(
                 shape=tuple(size(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in val.shape),
                 dtype=val.dtype,
-                grad=flows and val.is_floating_point() and copy.target not in WITHOUT_GRADIENT,
+                grad=flows and (val.is_floating_point() or val.is_complex()) and copy.target not in WITHOUT_GRADIENT,
                 made_of="inputs" if not reads_parameters[copy] else "data" if reads_inputs[copy] else "parameters",
             )
     function = Function(graph=result, values=values, origins=origins(result))

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from meshwright.compiler.blocks import Blocks
-from meshwright.compiler.errors import InternalError, PlanError, UnsupportedError
+from meshwright.compiler.errors import InternalError, PlanError
 from meshwright.compiler.graph import Capture, Function, Value
 from meshwright.compiler.mesh import MICROBATCH_AXIS, Mesh
 from meshwright.compiler.plan import Plan
@@ -108,19 +108,9 @@ class _Cutter:
             taken = set(self.prepared.values())
             self.prepared[node] = name if name not in taken else f"{name}_{len(taken)}"
             return
-        if node.target in (aten.arange.default, aten.arange.start):
-            self._check_range(node)
         self.needed.add(node)
         for used in node.all_input_nodes:
             self._need(used)
-
-    def _check_range(self, node: fx.Node) -> None:
-        value = self.main.values[node]
-        if any(not isinstance(size, int) and "B" in {s.name for s in size.free_symbols} for size in value.shape):
-            raise UnsupportedError(
-                f"the model numbers the samples of the whole batch ({node.name}): no rank has them all\n"
-                "  use the values of a tensor of the batch instead"
-            )
 
     def function(self, sends: list[str], last: bool) -> tuple[Function, Function | None, set[str]]:
         """The stage's forward, its prepare, and the batch inputs that they read."""

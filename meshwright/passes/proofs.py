@@ -4,7 +4,7 @@ For every factor that may be split, and for every set of operands that the call 
 rank's pieces; what the results' types say is put together and compared with the whole, and so are the gradients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,16 +25,19 @@ def check_rule(
     kwargs: Mapping[str, Any] | None = None,
     *,
     pieces: int = 2,
+    fixed: Collection[int] = (),
 ) -> int:
     """Prove ``rule`` for one call of ``operator`` on float64 inputs; returns how many splits were proven.
 
     rule: a Rule, a function of the Call, or None for the rule of a pointwise operator. args: the call's arguments; the
     sizes of dims to be split are multiples of ``pieces``. Factors that name ``pieces`` lines of their own are left to
     them.
+    fixed: operands, by position, that the operator has no gradient for.
     Raises PlanError that names the factor where the pieces do not give the whole.
     """
     kwargs = dict(kwargs or {})
     tensors = _tensors(args, kwargs)
+    learning = [t.is_floating_point() and i not in fixed for i, t in enumerate(tensors)]
     whole = _results(operator(*args, **kwargs))
     call = Call(
         target=operator,
@@ -51,7 +54,7 @@ def check_rule(
     for factor in factors.factors:
         if factor.whole or factor.pieces is not None or not isinstance(factor.size, int) or factor.size % pieces:
             continue
-        _check_factor(operator, args, kwargs, tensors, whole, upstream, factor, pieces)
+        _check_factor(operator, args, kwargs, tensors, learning, whole, upstream, factor, pieces)
         proven += 1
     for group in factors.linear:
         _check_linear(operator, args, kwargs, tensors, whole, group)
@@ -64,12 +67,13 @@ def _check_factor(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     tensors: list[torch.Tensor],
+    learning: list[bool],
     whole: list[torch.Tensor],
     upstream: list[torch.Tensor | None],
     factor: Factor,
     pieces: int,
 ) -> None:
-    gradients = _gradients(operator, args, kwargs, tensors, upstream)
+    gradients = _gradients(operator, args, kwargs, tensors, learning, upstream)
     parts: list[list[torch.Tensor]] = []
     part_gradients: list[list[torch.Tensor | None]] = []
     for index in range(pieces):
@@ -83,7 +87,7 @@ def _check_factor(
         parts.append(
             [r / pieces if factor.mean and p is None else r for r, p in zip(results, factor.results, strict=True)]
         )
-        part_gradients.append(_gradients(operator, local_args, local_kwargs, local, local_upstream))
+        part_gradients.append(_gradients(operator, local_args, local_kwargs, local, learning, local_upstream))
     for position, (result, place) in enumerate(zip(whole, factor.results, strict=True)):
         got = _together([p[position] for p in parts], place)
         _compare(got, result, f"result {position}", factor, operator)
@@ -175,9 +179,10 @@ def _gradients(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     tensors: Sequence[torch.Tensor],
+    learning: Sequence[bool],
     upstream: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor | None]:
-    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    leaves = [t.detach().clone().requires_grad_(grad) for t, grad in zip(tensors, learning, strict=True)]
     local_args, local_kwargs = _with_tensors(args, kwargs, leaves)
     pairs = [
         (r, u)
@@ -190,7 +195,8 @@ def _gradients(
 
 
 def _compare(got: torch.Tensor, wanted: torch.Tensor, what: str, factor: Factor, operator: Any) -> None:
-    if got.shape != wanted.shape or not torch.allclose(got.double(), wanted.double(), rtol=1e-9, atol=TOLERANCE):
+    kind = torch.complex128 if wanted.is_complex() else torch.float64
+    if got.shape != wanted.shape or not torch.allclose(got.to(kind), wanted.to(kind), rtol=1e-9, atol=TOLERANCE):
         raise PlanError(
             f"the rule of {operator} is wrong for the factor of size {factor.size} (operands {factor.operands}, "
             f"results {factor.results}): put together, the pieces do not give the {what}"

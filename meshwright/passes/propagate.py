@@ -253,7 +253,8 @@ class _Solver:
                 continue
             if any(n.op == "get_attr" for n in ins) and any(f.results == (None,) and not f.whole for f in here.factors):
                 wide = max((f.size for f in here.factors if f.results == (None,)), key=str)
-                narrow = self.function.values[node].shape[-1]
+                shape = self.function.values[node].shape
+                narrow = shape[-1] if shape else 1
                 if isinstance(wide, int) and isinstance(narrow, int) and 2 * narrow <= wide and len(here.factors) > 2:
                     found.add(node)
             elif all(not v.grad or n in found or v.made_of == "parameters" for n, v in zip(ins, values, strict=True)):

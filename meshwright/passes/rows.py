@@ -158,8 +158,11 @@ def rows_of(
     derived = bool(outcomes) and values[outcomes[0]].made_of == "parameters" and values[outcomes[0]].grad
     if derived or factors is None or (outcomes and outcomes[0] in replicable):
         rows.append(Row(operands=tuple(whole), results=tuple(_whole(values[n]) for n in outcomes)))
+    if outcomes and not any(values[n].grad for n in outcomes):
+        # Without a gradient what R gives is as good as what I gives: a detach, an argmax.
+        rows.append(Row(operands=tuple(whole), results=(I,) * len(outcomes)))
     if factors is None:
-        return tuple(rows)
+        return tuple(dict.fromkeys(rows))
     for factor in factors.factors:
         if factor.whole:
             continue

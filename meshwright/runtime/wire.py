@@ -19,11 +19,15 @@ def begin_reduce_scatter(out: torch.Tensor, flat: torch.Tensor, group: Any) -> F
 
     ``out`` may be a part of ``flat``. Neither may be touched before the end.
     """
+    if flat.is_complex():
+        out, flat = torch.view_as_real(out).view(-1), torch.view_as_real(flat).view(-1)
     return _SCATTERS[flat.device.type](out, flat, group)
 
 
 def begin_all_gather(flat: torch.Tensor, piece: torch.Tensor, group: Any) -> Finish:
     """Begin to put every member's ``piece`` (n,) side by side in ``flat`` (pieces * n,), of which it may be a part."""
+    if flat.is_complex():
+        flat, piece = torch.view_as_real(flat).view(-1), torch.view_as_real(piece).view(-1)
     work = _ALL_GATHER(flat, piece, group=group, async_op=True)
     return lambda: _wait(work)
 
@@ -36,6 +40,8 @@ def begin_all_reduce(flat: torch.Tensor, group: Any) -> Finish:
 
 def summed(x: torch.Tensor, group: Any) -> torch.Tensor:
     """The sum of ``x`` over the group, contiguous, as a tensor of its own; the same bits on every member."""
+    if x.is_complex():
+        return torch.view_as_complex(summed(torch.view_as_real(x), group))
     x = x.contiguous()
     if x.device.type == "cpu" and dist.get_world_size(group) == 2:
         return _sum_of_two(x, group)

@@ -1,0 +1,104 @@
+"""Operators that read or write at places that tensors name."""
+
+import torch
+
+from meshwright.passes.factors import Factor, Factors, Place, Rule, instantiate
+from meshwright.passes.rules.call import ALONE, Call, Rules, dim_of, first_of
+
+aten = torch.ops.aten
+
+
+def _embedding(call: Call) -> Factors:
+    """A table split along its rows is read with a mask, but not where one row is left out of the gradient."""
+    has_padding = call.argument(2, "padding_idx", -1) >= 0
+    rule = Rule("v! d, ... -> ... d") if has_padding else Rule("v d, ... -> ... d", pieces={"v": "embedding"})
+    return instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
+
+
+def _gather(call: Call) -> Factors:
+    """Both have a dim in common where it is as long; what is indexed stays whole, and the indices may be split."""
+    source, index = call.operands[:2]
+    assert source is not None and index is not None
+    where = dim_of(call)
+    factors = []
+    for dim, size in enumerate(index.shape):
+        if dim == where:
+            factors.append(Factor(size=size, operands=(None, Place(dim)), results=(Place(dim),), whole=size == 1))
+        elif source.shape[dim] == size:
+            factors.append(Factor(size=size, operands=(Place(dim),) * 2, results=(Place(dim),), whole=size == 1))
+    return Factors(factors=tuple(factors), linear=ALONE)
+
+
+def _scatter(call: Call) -> Factors:
+    """Dims that all have alike; what is indexed stays whole."""
+    values = [value for value in call.operands if value is not None]
+    where = dim_of(call)
+    factors = []
+    for dim, size in enumerate(values[0].shape):
+        if dim != where and all(len(v.shape) > dim and v.shape[dim] == size for v in values):
+            places = (Place(dim),) * len(values)
+            factors.append(Factor(size=size, operands=places, results=(Place(dim),), whole=size == 1))
+    return Factors(factors=tuple(factors))
+
+
+def _index_select(call: Call) -> Factors:
+    source, index = call.operands
+    assert source is not None and index is not None
+    where = dim_of(call)
+    factors = []
+    for dim, size in enumerate(source.shape):
+        if dim != where:
+            factors.append(Factor(size=size, operands=(Place(dim), None), results=(Place(dim),), whole=size == 1))
+    if index.shape:
+        size = index.shape[0]
+        factors.append(Factor(size=size, operands=(None, Place(0)), results=(Place(where),), whole=size == 1))
+    return Factors(factors=tuple(factors), linear=ALONE)
+
+
+def _index(call: Call) -> Factors:
+    """Dims that are not indexed, and those of the indices: where the indexed dims stood if they are neighbours, else in
+    front. What is indexed stays whole.
+    """
+    source, *indices = call.operands
+    assert source is not None
+    given = call.args[1]
+    at = [dim for dim, index in enumerate(given) if index is not None]
+    if any(value is None or not value.dtype.is_signed for value in indices):
+        return Factors(factors=())  # a mask
+    shapes = [value.shape for value in indices if value is not None]
+    width = max(len(shape) for shape in shapes)
+    start = at[0] if at[-1] - at[0] + 1 == len(at) else 0
+    factors = []
+    for position in range(width):
+        places = [len(shape) - width + position for shape in shapes]
+        sizes = [shape[place] if place >= 0 else 1 for shape, place in zip(shapes, places, strict=True)]
+        size = next((size for size in sizes if size != 1), 1)
+        here = tuple(Place(p) if p >= 0 and s == size else None for p, s in zip(places, sizes, strict=True))
+        factors.append(Factor(size=size, operands=(None, *here), results=(Place(start + position),), whole=size == 1))
+    kept = [dim for dim in range(len(source.shape)) if dim not in at]
+    for number, dim in enumerate(kept):
+        place = Place(number + width if number >= start else number)
+        none = (None,) * len(shapes)
+        size = source.shape[dim]
+        factors.append(Factor(size=size, operands=(Place(dim), *none), results=(place,), whole=size == 1))
+    return Factors(factors=tuple(factors), linear=ALONE)
+
+
+def _one_hot(call: Call) -> Factors:
+    factors = (
+        Factor(size=size, operands=(Place(dim),), results=(Place(dim),), whole=size == 1)
+        for dim, size in enumerate(first_of(call).shape)
+    )
+    return Factors(factors=tuple(factors))
+
+
+INDEXING: Rules = {
+    aten.embedding.default: _embedding,
+    aten.gather.default: _gather,
+    aten.scatter.src: _scatter,
+    aten.scatter.value: _scatter,
+    aten.scatter_add.default: _scatter,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.one_hot.default: _one_hot,
+}

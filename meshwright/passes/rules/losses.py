@@ -1,0 +1,57 @@
+"""Losses: element by element, summed or averaged over all of them."""
+
+import torch
+from torch.nn import functional as F
+
+from meshwright.passes.factors import Factor, Factors, Place, Rule, instantiate
+from meshwright.passes.rules.call import Call, Rules
+from meshwright.passes.rules.pointwise import pointwise
+
+aten = torch.ops.aten
+
+NONE, MEAN, SUM = 0, 1, 2
+"""How torch numbers reductions."""
+
+
+def _elementwise(call: Call) -> Factors:
+    """A mean over equal pieces is the mean of their means."""
+    names = [argument.name for argument in call.target._schema.arguments]
+    reduction = call.argument(names.index("reduction"), "reduction", MEAN)
+    if reduction == NONE:
+        return pointwise(call)
+    values = [value for value in call.operands if value is not None]
+    ndim = max(len(value.shape) for value in values)
+    factors = []
+    for dim in range(ndim):
+        places = [dim - ndim + len(value.shape) for value in values]
+        sizes = [value.shape[p] if p >= 0 else 1 for value, p in zip(values, places, strict=True)]
+        size = next((size for size in sizes if size != 1), 1)
+        here = tuple(Place(p) if p >= 0 and s == size else None for p, s in zip(places, sizes, strict=True))
+        factors.append(Factor(size=size, operands=here, results=(None,), whole=size == 1, mean=reduction == MEAN))
+    return Factors(factors=tuple(factors))
+
+
+def _cross_entropy(call: Call) -> Factors:
+    """Classes may be split where every row has one label, which is all that counts."""
+    soft = call.operands[1] is not None and call.operands[1].dtype.is_floating_point
+    weighted = len(call.operands) > 2
+    if soft:
+        rule = Rule("n v!, n v!, v! -> " if weighted else "n v!, n v! -> ")
+    elif weighted or call.kwargs.get("label_smoothing"):
+        rule = Rule("n v!, n, v! -> " if weighted else "n v!, n -> ")
+    else:
+        rule = Rule("n v, n -> ", pieces={"v": "cross_entropy"}, invariant=frozenset("v"))
+    return instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
+
+
+LOSSES: Rules = {
+    F.cross_entropy: _cross_entropy,
+    aten.mse_loss.default: _elementwise,
+    aten.l1_loss.default: _elementwise,
+    aten.smooth_l1_loss.default: _elementwise,
+    aten.huber_loss.default: _elementwise,
+    aten.soft_margin_loss.default: _elementwise,
+    aten.binary_cross_entropy.default: _elementwise,
+    aten.binary_cross_entropy_with_logits.default: _elementwise,
+    aten.kl_div.default: _elementwise,
+}

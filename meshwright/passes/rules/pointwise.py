@@ -1,0 +1,71 @@
+"""Operators that work element by element."""
+
+from typing import Any
+
+import torch
+
+from meshwright.passes.factors import Factor, Factors, Place
+from meshwright.passes.rules.call import Call, Rules, same_shape
+
+aten = torch.ops.aten
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether torch tags an operator as pointwise."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def pointwise(call: Call) -> Factors:
+    """Every dim of the result, with the operands that are not broadcast along it."""
+    (result,) = call.results
+    ndim = len(result.shape)
+    operands = [value for value in call.operands if value is not None]
+    factors = []
+    for dim, size in enumerate(result.shape):
+        places = []
+        for value in operands:
+            here = dim - (ndim - len(value.shape))
+            places.append(Place(here) if here >= 0 and value.shape[here] == size else None)
+        factors.append(Factor(size=size, operands=tuple(places), results=(Place(dim),), whole=size == 1))
+    return Factors(factors=tuple(factors), linear=_linear(call))
+
+
+_LINEAR: dict[Any, tuple[tuple[int, ...], ...]] = {
+    aten.neg.default: ((0,),),
+    aten.to.dtype: ((0,),),
+    aten.add.Tensor: ((0, 1),),
+    aten.sub.Tensor: ((0, 1),),
+    aten.mul.Tensor: ((0,), (1,)),
+    aten.mul.Scalar: ((0,),),
+    aten.div.Tensor: ((0,),),
+    aten.div.Scalar: ((0,),),
+}
+"""Pointwise operators that are linear, in which operands (together)."""
+
+
+def _linear(call: Call) -> tuple[frozenset[int], ...]:
+    count = sum(value is not None for value in call.operands)
+    groups = _LINEAR.get(call.target, ())
+    if call.target in (aten.add.Tensor, aten.sub.Tensor) and count < 2:
+        return ()  # x + 1 is affine
+    if call.target is aten.to.dtype and not call.results[0].dtype.is_floating_point:
+        return ()
+    if call.target is aten.masked_fill.Scalar and call.args[2] == 0:
+        groups = ((0,),)
+    return tuple(frozenset(group) for group in groups if all(position < count for position in group))
+
+
+POINTWISE: Rules = {
+    # pointwise, though torch does not tag them: they are composite
+    aten.to.dtype: pointwise,
+    aten.where.Scalar: pointwise,
+    aten.where.ScalarSelf: pointwise,
+    aten.where.ScalarOther: pointwise,
+    aten.floor_divide.default: pointwise,
+    aten.floor_divide.Scalar: pointwise,
+    aten.detach.default: same_shape,
+    aten.real.default: same_shape,
+    aten.imag.default: same_shape,
+    aten.conj.default: same_shape,
+}
+"""Those that torch does not tag as pointwise; the others need no line."""

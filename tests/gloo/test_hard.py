@@ -1,0 +1,44 @@
+"""Models that are hard on exactness equal one device on every kind of mesh, or are refused with the reason."""
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright import Mesh, Plan, PlanError, compile_parallel
+from tests import hard
+from tests.gloo import parity
+from tests.gloo.pool import Pool
+
+MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "dp2": ({"dp": 2}, {"zero": 2}),
+    "tp2": ({"tp": 2}, {}),
+    "pp4": ({"pp": 4}, {"microbatches": 4}),
+    "3D": ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 3, "microbatches": 2}),
+}
+WHOLE_BATCH = {"contrastive"}
+"""Every sample meets every other: over dp they are gathered, in microbatches there is no way."""
+
+
+@functools.cache
+def _reference(name: str) -> dict[str, Any]:
+    return parity.reference(hard.build(name), hard.batch(name))
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", hard.HARD)
+def test_equals_one_device(name: str, mesh: str, pool: Pool, tmp_path: Path) -> None:
+    axes, plan = MESHES[mesh]
+    if name in WHOLE_BATCH and "microbatches" in plan:
+        with pytest.raises(PlanError, match="^the batch cannot be cut into microbatches without changing the result"):
+            compile_parallel(hard.build(name), Mesh(**axes), example_inputs=hard.batch(name), plan=Plan(**plan))
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # operators that run whole
+        parity.emit_case(tmp_path / "bundle", hard.build(name), hard.batch(name), axes, plan)
+    arguments = (str(tmp_path / "bundle"), hard.batch(name))
+    got = pool.run("tests.gloo.parity:train", arguments, ranks=parity.num_ranks(axes))
+    parity.compare(got, _reference(name))
