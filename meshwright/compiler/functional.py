@@ -13,7 +13,6 @@ from typing import Any
 from torch import fx
 
 from meshwright.compiler.errors import UnsupportedError
-from meshwright.compiler.random import IN_PLACE
 from meshwright.compiler.rewriting import (
     arguments_of,
     aten,
@@ -137,7 +136,7 @@ def _pure(node: fx.Node) -> fx.Node:
         result = _WRITES[name](node)
     else:
         pure_name = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")
-        pure = IN_PLACE.get(node.target) or getattr(getattr(aten, pure_name, None), overload, None)
+        pure = getattr(getattr(aten, pure_name, None), overload, None)
         if pure is None or pure._schema.is_mutable:
             raise UnsupportedError(
                 f"{name} {place(node)} has no form that leaves its input as it is\n"
@@ -173,7 +172,25 @@ def _filled(node: fx.Node) -> fx.Node:
     return _insert(aten.full_like.default, (changed, value), {}, node)
 
 
-_WRITES: Mapping[str, Callable[[fx.Node], fx.Node]] = {"copy_": _copied, "fill_": _filled, "zero_": _filled}
+def _bernoulli(node: fx.Node) -> fx.Node:
+    given = arguments_of(node)
+    target = aten.bernoulli.Tensor if isinstance(given["p"], fx.Node) else aten.bernoulli.p
+    return _insert(target, (given["self"], given["p"]), {}, node)
+
+
+def _normal(node: fx.Node) -> fx.Node:
+    given = arguments_of(node)
+    return _insert(aten.normal_functional.default, (given["self"], given["mean"], given["std"]), {}, node)
+
+
+_WRITES: Mapping[str, Callable[[fx.Node], fx.Node]] = {
+    "bernoulli_": _bernoulli,
+    "copy_": _copied,
+    "fill_": _filled,
+    "normal_": _normal,
+    "zero_": _filled,
+}
+"""Operators whose pure form is called otherwise."""
 
 
 # A view taken back: the value it is of, with the view's part replaced

@@ -19,13 +19,6 @@ from meshwright.compiler.graph import Site
 from meshwright.compiler.rewriting import arguments_of, aten, insert, place
 from meshwright.runtime import random
 
-IN_PLACE: Mapping[Any, Any] = {
-    aten.bernoulli_.float: aten.bernoulli.p,
-    aten.bernoulli_.Tensor: aten.bernoulli.Tensor,
-    aten.normal_.default: aten.normal_functional.default,
-}
-"""Pure forms of in-place operators that are not called the same."""
-
 _SIZED = {aten.empty.memory_format, aten.new_empty.default, aten.zeros.default, aten.new_zeros.default}
 """What a random operator that fills it reads nothing of but the shape."""
 
@@ -164,7 +157,7 @@ def _fraction(node: fx.Node, site: fx.Node, function: str, dtype: torch.dtype | 
 
 def _bernoulli(node: fx.Node, site: fx.Node) -> fx.Node:
     """Compared in float64, so that every dtype draws the same."""
-    chance = node.args[1] if len(node.args) > 1 else 0.5 if node.target is aten.bernoulli.p else node.args[0]
+    chance = node.args[1] if len(node.args) > 1 else node.args[0]
     compare = aten.lt.Tensor if isinstance(chance, fx.Node) else aten.lt.Scalar
     hit = insert(compare, (_fraction(node, site, "rand", torch.float64), chance), like=node)
     return insert(aten.to.dtype, (hit, node.meta["val"].dtype), like=node)

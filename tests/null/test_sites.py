@@ -56,6 +56,41 @@ def test_the_generators_of_python_and_numpy_are_refused() -> None:
         _compile(lambda linear, x: linear(x) * float(numpy.random.rand()))
 
 
+@pytest.mark.parametrize(
+    ("noise", "operator"),
+    [
+        (lambda x: torch.empty(4, 4).bernoulli_(), "rand"),
+        (lambda x: torch.empty_like(x).bernoulli_(torch.full((4, 4), 0.5)), "rand"),
+        (lambda x: torch.bernoulli(x.sigmoid()), "rand"),
+        (lambda x: x.new_zeros(4, 1).uniform_(1, 2), "rand"),
+        (lambda x: torch.rand(4), "rand"),
+        (lambda x: torch.randn_like(x), "randn"),
+        (lambda x: torch.zeros_like(x).normal_(1, 2), "randn"),
+        (lambda x: torch.normal(1.0, 2.0, (4,)), "randn"),
+        (lambda x: torch.native_dropout(x, 0.5, True)[0], "dropout"),
+        (lambda x: F.dropout2d(x[None, None], 0.5)[0, 0], "feature_dropout"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5), "attention_with_dropout"),
+    ],
+)
+def test_every_way_to_draw_has_a_site(noise: Callable[[torch.Tensor], torch.Tensor], operator: str) -> None:
+    """And one device draws for each as often as a program does."""
+    program = _compile(lambda linear, x: linear(x) * noise(linear(x)))
+    (drawn,) = program.lowered.random.values()
+    assert (drawn.site.number, drawn.site.operator) == (0, operator)
+    first, second = torch.randn(2, 4, 4)
+    with exact_random():
+        noise(first)
+        before = noise(second)
+    with exact_random():
+        torch.rand(1)
+        assert torch.equal(noise(second), before)
+
+
+def test_the_mask_of_a_dropout_is_not_read() -> None:
+    with pytest.raises(UnsupportedError, match=r"^the mask of native_dropout at test_sites.py:\d+ is read"):
+        _compile(lambda linear, x: linear(x) * torch.native_dropout(linear(x), 0.5, True)[1])
+
+
 def test_what_does_not_draw_needs_no_site() -> None:
     program = _compile(
         lambda linear, x: F.dropout(F.dropout(F.dropout(linear(x), 0.0), 0.5, training=False), 1.0) + linear(x)
