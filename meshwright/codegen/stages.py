@@ -1,5 +1,6 @@
 """A stage file: one class per distinct block, and the stage that runs them."""
 
+import ast
 import collections
 import re
 import textwrap
@@ -434,7 +435,20 @@ def _broken(code: str, margin: str = "") -> list[str]:
     start = code.find("(", code.find(" = ") + 1)
     if not code.endswith(")") or start < 0:
         return [code]
-    return [code[: start + 1], f"    {code[start + 1 : -1]}", f"){beside}"]
+    inside = code[start + 1 : -1]
+    parts = [inside] if len(inside) + 12 <= 120 else [f"{argument}," for argument in _arguments(inside)]
+    return [code[: start + 1], *(f"    {part}" for part in parts), f"){beside}"]
+
+
+def _arguments(inside: str) -> list[str]:
+    """The arguments of a call, from the text between its parentheses; all as one where that is no call's."""
+    (statement,) = ast.parse(f"_({inside})").body
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        return [inside]
+    parts: list[ast.expr | ast.keyword] = [*call.args, *call.keywords]
+    text = inside.encode()  # what ast counts is bytes
+    return [text[part.col_offset - 2 : (part.end_col_offset or 0) - 2].decode() for part in parts]
 
 
 def _legend(lowered: Lowered, lines: Sequence[Line]) -> Iterable[tuple[str, str]]:

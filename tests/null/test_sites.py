@@ -114,6 +114,21 @@ def test_unknown_choice() -> None:
         Plan(random="slow")  # type: ignore[arg-type]
 
 
+def test_a_call_with_many_arguments_has_one_on_a_line(tmp_path: Path) -> None:
+    def forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        query_with_a_long_name = linear(x) * 2
+        key_with_a_long_name = linear(x) + query_with_a_long_name
+        value_with_a_long_name = linear(x) - key_with_a_long_name
+        mask_with_a_long_name = (x > -9).float()
+        return F.scaled_dot_product_attention(
+            query_with_a_long_name, key_with_a_long_name, value_with_a_long_name, mask_with_a_long_name, 0.5, scale=0.1
+        )
+
+    lines = (_compile(forward).emit(tmp_path / "bundle") / "stages" / "stage_0.py").read_text().splitlines()
+    assert "            key_with_a_long_name," in lines and "            scale=0.1," in lines
+    assert max(map(len, lines)) <= 120
+
+
 def test_an_edited_split_is_found(tmp_path: Path) -> None:
     directory = _compile(lambda linear, x: F.dropout(linear(x), 0.5)).emit(tmp_path / "bundle")
     verify_bundle(directory)
