@@ -14,6 +14,7 @@ from torch import fx
 from meshwright.compiler.blocks import Blocks
 from meshwright.compiler.errors import InternalError, PlanError, UnsupportedError
 from meshwright.compiler.graph import Function, Value
+from meshwright.compiler.text import function_text
 from meshwright.compiler.types import I, P, R, S, Type
 from meshwright.passes.cost import COLLECTIVES, Prices, compute_time, conversion_time, holding_time
 from meshwright.passes.factors import Factors
@@ -304,7 +305,7 @@ class _Solver:
                 "  drop one of them"
             )
         if self.axis.features:
-            return InternalError(f"no types on {self.axis.name} fit this graph:\n{self.function.graph}")
+            return InternalError(f"no types on {self.axis.name} fit this graph:\n{function_text(self.function)}")
         return UnsupportedError(
             f"the batch cannot be split over {self.axis.name}: the loss mixes samples of the batch in a "
             f"way without a rule"

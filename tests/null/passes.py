@@ -1,0 +1,81 @@
+"""The passes run one by one on small models, and their texts compared: text in, text out, without processes."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshwright import Mesh, Plan
+from meshwright.compiler.blocks import Blocks, find_blocks
+from meshwright.compiler.capture import BATCH, capture
+from meshwright.compiler.graph import Capture
+from meshwright.compiler.program import Lowered
+from meshwright.passes.axes import axes_of, pins_of
+from meshwright.passes.cost import prices
+from meshwright.passes.lower import lower
+from meshwright.passes.partition import Partition, partition
+from meshwright.passes.propagate import factor, propagate
+from meshwright.passes.reshard import reshard
+from meshwright.passes.rules import DEFAULT_RULES
+
+Batch = Mapping[str, Any] | tuple[Any, ...]
+
+
+class Model(nn.Module):
+    """A forward as a plain function of the model and its inputs, over the given parameters, buffers and modules."""
+
+    def __init__(self, run: Callable[..., torch.Tensor], **members: Any):
+        super().__init__()
+        self.run = run
+        for name, member in members.items():
+            setattr(self, name, member)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.run(self, x) if labels is None else self.run(self, x, labels)
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape))
+
+
+def captured(model: nn.Module, *batch: Any) -> Capture:
+    """What the compiler captures for a mesh with tp."""
+    return capture(model, batch, segment=True)
+
+
+def typed(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int) -> Blocks:
+    """The blocks with types and conversions."""
+    return _typed(capture(model, batch, segment=True), Mesh(**mesh), plan or Plan())
+
+
+def parted(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int) -> tuple[Blocks, Partition]:
+    """The typed blocks and the stage of every node."""
+    chosen, captured = plan or Plan(), capture(model, batch, segment=True)
+    blocks = _typed(captured, Mesh(**mesh), chosen)
+    priced = prices(captured.function, BATCH, captured.symbols)
+    return blocks, partition(blocks, mesh.get("pp", 1), chosen.split, priced)
+
+
+def lowered(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int) -> Lowered:
+    """The whole program."""
+    chosen, captured = plan or Plan(), capture(model, batch, segment=True)
+    blocks = _typed(captured, Mesh(**mesh), chosen)
+    priced = prices(captured.function, BATCH, captured.symbols)
+    return lower(captured, blocks, partition(blocks, mesh.get("pp", 1), chosen.split, priced), Mesh(**mesh), chosen)
+
+
+def _typed(captured: Capture, mesh: Mesh, plan: Plan) -> Blocks:
+    blocks = find_blocks(captured, plan)
+    priced = prices(captured.function, BATCH, captured.symbols)
+    factors = factor(blocks, DEFAULT_RULES)
+    axes = axes_of(captured, mesh, plan)
+    return reshard(
+        blocks, tuple(propagate(blocks, axis, factors, priced, pins_of(captured, plan, axis.name)) for axis in axes)
+    )
+
+
+def same(text: str, expected: str) -> None:
+    """Compare a text with a literal one, which may be indented as the code around it."""
+    assert text == inspect.cleandoc(expected)
