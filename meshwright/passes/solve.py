@@ -40,18 +40,19 @@ class Problem:
 
 
 class _Program:
-    """Columns with costs, and rows ``sum of coefficients <= bound``."""
+    """Columns of 0 or 1 with costs, and rows ``sum of coefficients <= bound``.
+
+    Conversions are whole too: half of one way and half of another can be cheaper than each, and is no way.
+    """
 
     def __init__(self) -> None:
         self.costs: list[float] = []
-        self.integral: list[int] = []
         self.entries: list[tuple[int, int, float]] = []
         self.lower: list[float] = []
         self.upper: list[float] = []
 
-    def column(self, cost: float, integral: bool) -> int:
+    def column(self, cost: float) -> int:
         self.costs.append(cost)
-        self.integral.append(int(integral))
         return len(self.costs) - 1
 
     def constraint(self, plus: list[int], minus: list[int], lower: float, upper: float) -> None:
@@ -67,7 +68,7 @@ class _Program:
         scale = max(self.costs) or 1.0
         answer = milp(
             np.array(self.costs) / scale * 1e3,
-            integrality=np.array(self.integral),
+            integrality=np.ones(len(self.costs)),
             bounds=Bounds(0, 1),
             constraints=LinearConstraint(matrix, self.lower, self.upper),
             options={"mip_rel_gap": 0.0},
@@ -82,7 +83,7 @@ def solve(problem: Problem) -> Choice | None:
     picks: list[tuple[fx.Node, Row, int]] = []
     needs: dict[tuple[fx.Node, Type], list[list[int]]] = {}
     for node, rows in problem.rows.items():
-        columns = [program.column(cost, True) for _, cost in rows]
+        columns = [program.column(cost) for _, cost in rows]
         program.constraint(columns, [], 1, 1)
         for (row, _), column in zip(rows, columns, strict=True):
             picks.append((node, row, column))
@@ -96,7 +97,7 @@ def solve(problem: Problem) -> Choice | None:
                 needs.setdefault((value, type_), []).append(users)
     finals: list[tuple[fx.Node, Type, int]] = []
     for value, types in problem.required:
-        columns = [program.column(0.0, True) for _ in types]
+        columns = [program.column(0.0) for _ in types]
         finals += [(value, type_, column) for type_, column in zip(types, columns, strict=True)]
         program.constraint(columns, [], 1, 1)
         for type_, column in zip(types, columns, strict=True):
@@ -133,7 +134,7 @@ def _conversions(
             for source, columns in made.get(value, {}).items():
                 cost = problem.conversion(value, source, target) if source != target else None
                 if cost is not None:
-                    column = program.column(cost, False)
+                    column = program.column(cost)
                     program.constraint([column], columns, -np.inf, 0)
                     firsts.setdefault(target, []).append(column)
                     found.setdefault((value, target), []).append((source, column))
@@ -141,7 +142,7 @@ def _conversions(
             for source, columns in firsts.items():
                 cost = problem.conversion(value, source, target) if source != target else None
                 if cost is not None:
-                    column = program.column(cost, False)
+                    column = program.column(cost)
                     program.constraint([column], columns, -np.inf, 0)
                     found.setdefault((value, target), []).append((source, column))
     return found

@@ -89,7 +89,7 @@ def test_layers_pinned_otherwise_are_other_blocks() -> None:
 
 def test_frozen_layers_are_other_blocks() -> None:
     model = _model(Layer(), Layer(), Layer(), Layer())
-    for layer in model.layers[:2]:  # type: ignore[index, union-attr]
+    for layer in model.layers[:2]:  # type: ignore[index]
         layer.up.weight.requires_grad_(False)
     assert _instances(_blocks(model)) == {"Layer": ("layers.0", "layers.1"), "Layer2": ("layers.2", "layers.3")}
 
