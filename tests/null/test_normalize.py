@@ -290,16 +290,20 @@ def test_a_sum_of_losses_has_no_count() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"label_smoothing": 0.1}, {"weight": torch.ones(8)}, {"reduction": "none"}],
-    ids=["smoothing", "class weights", "none"],
-)
-def test_losses_in_other_forms_are_refused(options: dict[str, Any]) -> None:
+def test_class_weights_are_counted_where_labels_are_valid() -> None:
     def run(self: Any, x: torch.Tensor, labels: torch.Tensor) -> Any:
-        return F.cross_entropy(x * self.weight, labels, **options).sum()
+        return F.cross_entropy(x * self.weight, labels, weight=torch.ones(8), label_smoothing=0.1)
 
-    with pytest.raises(UnsupportedError, match=r"^cross entropy at test_normalize.py:\d+ with soft labels, class weig"):
+    text = _text(Model(run, weight=parameter(8)), X, torch.randint(8, (4,)))
+    assert "cross_entropy(mul_tensor, labels, ones_default, reduction='sum', label_smoothing=0.1)" in text
+    assert "aten.ne(labels, -100)" in text and "aten.index(ones_default" in text
+
+
+def test_losses_of_every_label_alone_are_refused() -> None:
+    def run(self: Any, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        return F.cross_entropy(x * self.weight, labels, reduction="none").sum()
+
+    with pytest.raises(UnsupportedError, match=r"^cross entropy at test_normalize.py:\d+ with reduction='none' is not"):
         _text(Model(run, weight=parameter(8)), X, torch.randint(8, (4,)))
 
 
