@@ -9,50 +9,17 @@ Small configurations (tests/zoo.py), float64: the loss and every gradient of one
 import argparse
 import logging
 import sys
-import tempfile
 import time
-import warnings
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from meshwright import PlanError, UnsupportedError  # noqa: E402
 from tests import zoo  # noqa: E402
-from tests.gloo import parity  # noqa: E402
-from tests.gloo.pool import Failed, Pool  # noqa: E402
-
-MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
-    "dp2": ({"dp": 2}, {}),
-    "tp2": ({"tp": 2}, {}),
-    "pp2": ({"pp": 2}, {"microbatches": 2}),
-    "3D zero1": ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 1, "microbatches": 2}),
-    "3D zero3": ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 3, "microbatches": 2}),
-}
-"""Column -> mesh and plan."""
-
-
-def outcome(pool: Pool, name: str, mesh: str) -> str:
-    """What one model does on one mesh."""
-    axes, plan = MESHES[mesh]
-    batch = zoo.batch(name)
-    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            program = parity.emit_case(Path(directory, "bundle"), zoo.build(name), batch, axes, plan)
-        except (UnsupportedError, PlanError) as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        try:
-            arguments = (str(Path(directory, "bundle")), batch, 1)
-            got = pool.run("tests.gloo.parity:train", arguments, ranks=parity.num_ranks(axes))
-            parity.compare(got, parity.reference(zoo.build(name), batch, steps=1))
-        except (AssertionError, Failed) as error:
-            return f"WRONG: {str(error).splitlines()[0]}"
-    whole = sum("runs whole" in line for line in program.lowered.warnings)
-    return f"exact, {whole} whole" if whole else "exact"
+from tests.gloo.outcomes import MESHES, outcome  # noqa: E402
+from tests.gloo.pool import Pool  # noqa: E402
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from meshwright.passes.lower import lower
 from meshwright.passes.partition import partition
 from meshwright.passes.propagate import factor, propagate, without_rule
 from meshwright.passes.reshard import reshard
-from meshwright.passes.rules import DEFAULT_RULES, Rules
+from meshwright.passes.rules import DEFAULT_RULES, Rules, is_pointwise
 from meshwright.passes.verify import verify
 
 Progress = Callable[[str, float], None]
@@ -87,7 +87,12 @@ def compile_parallel(
     with _timed(progress) as done:
         batch = example_of(model, example_inputs, mesh, plan)
         captured = capture(
-            model, batch, loss_fn=loss_fn, precision=plan.precision, segment=mesh.size("tp") > 1
+            model,
+            batch,
+            loss_fn=loss_fn,
+            precision=plan.precision,
+            segment=mesh.size("tp") > 1,
+            is_known=lambda target: target in rules or is_pointwise(target),
         )  # first: everything else is about the graph
         check_request(captured, mesh, plan)  # before work is spent on what cannot be
         done("capture")

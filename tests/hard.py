@@ -186,6 +186,19 @@ class Contrastive(nn.Module):
         return (F.cross_entropy(scores, truth) + F.cross_entropy(scores.t(), truth)) / 2
 
 
+class Composite(Model):
+    """Losses that torch composes of other operators."""
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.hidden(tokens)
+        near = F.triplet_margin_loss(x, x.roll(1, 1) * 0.5, x.flip(1))
+        logits = self.head(x).flatten(0, 1)
+        product = torch.tensordot(x, self.head.weight, ([2], [1]))
+        logarithms = logits.log_softmax(-1).view(*labels.shape, -1).transpose(1, 2)
+        every = F.cross_entropy(logits, labels.flatten(), reduction="none")
+        return near + F.nll_loss(logarithms, labels) + product.pow(2).mean() + (every * every).mean()
+
+
 class Complex(nn.Module):
     """A Fourier transform and complex products."""
 
@@ -227,6 +240,7 @@ HARD: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "buffers": (Buffers, _tokens),
     "scattered": (Scattered, _tokens),
     "contrastive": (Contrastive, _vectors),
+    "composite": (Composite, _tokens),
     "complex": (Complex, _vectors),
 }
 """Name -> how to build the model and the batch."""

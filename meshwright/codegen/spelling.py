@@ -266,12 +266,14 @@ def _by_schema(use: Use) -> Text:
     for family in ("fft", "linalg", "special"):
         if name.startswith(f"{family}_"):
             return Text(f"torch.{family}.{name.removeprefix(family + '_')}({', '.join(written)})")
+    if not use.target._schema.name.startswith("aten::"):
+        return Text(f"torch.ops.{use.target}({', '.join(written)})")
     owner = next((o for o, m in (("torch", torch), ("F", F)) if hasattr(m, name)), None)
     if owner is not None:
         return Text(f"{owner}.{name}({', '.join(written)})")
     if hasattr(torch.Tensor, name):
         return Text(f"{values[0].at(20)}.{name}({', '.join(written[1:])})")
-    return Text(f"torch.ops.aten.{name}.{use.target._overloadname}({', '.join(written)})")
+    return Text(f"torch.ops.{use.target}({', '.join(written)})")
 
 
 def _in_training(position: int) -> Spelling:

@@ -166,12 +166,13 @@ class Writer:
         self._open_section(node)
         targets = [node]
         if is_multiple(node):
-            count = max(int(u.args[1]) for u in node.users) + 1  # type: ignore[arg-type]
             found: dict[int, fx.Node] = {int(u.args[1]): u for u in node.users}  # type: ignore[arg-type]
+            count = max(found) + 1
             targets = [found[i] for i in sorted(found)]
             names = ["_"] * count
             for i, target in found.items():
                 names[i] = self._take(target, position)
+            names += [] if self._is_complete(node, found) else ["*_"]
             self._emit(f"{', '.join(names)} = {code}", targets[0])
             return
         if getattr(node.target, "__name__", "") == "shard_range":
@@ -183,6 +184,16 @@ class Writer:
             return
         name = self._take(node, position)
         self._emit(f"{name} = {code}", node)
+
+    def _is_complete(self, node: fx.Node, found: Mapping[int, fx.Node]) -> bool:
+        """Whether an operator has no results beyond those that are read."""
+        returns = node.target._schema.returns  # type: ignore[union-attr]
+        if len(returns) > 1:
+            return max(found) + 1 == len(returns)
+        source, values = self.function.values[operands(node)[0]], self.function.values
+        parts = [values[part] for part in found.values()]
+        cut = [d for d, size in enumerate(source.shape) if any(part.shape[d] != size for part in parts)]
+        return len(found) > 1 and all(sum(part.shape[d] for part in parts) == source.shape[d] for d in cut)
 
     def _fitted(self, node: fx.Node, position: float) -> str:
         """The code of a line; what is too much for it gets lines of its own first."""
@@ -422,7 +433,8 @@ class Writer:
         if conversion_of(node) and isinstance(given.get("groups"), sympy.Expr):
             # The groups of a dim are those that the rank has, whatever it is converted to on this axis.
             axes = {axis: size for axis, size in self.axes.items() if axis != node.args[1]}
-            kwargs["groups"] = self._in_code(given["groups"], _pieces(self.function.values[node], given["dim"], axes))
+            groups = self._in_code(given["groups"], _pieces(self.function.values[node], given["dim"], axes))
+            kwargs = {**kwargs, "groups": groups}
         return Use(
             target=node.target,
             args=tuple(args),

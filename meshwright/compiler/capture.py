@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 
+from meshwright.compiler.decompose import Known
 from meshwright.compiler.errors import PlanError, UnsupportedError
 from meshwright.compiler.frames import keep_all_frames
 from meshwright.compiler.graph import Buffer, Capture, Input, Parameter, Segment, Site
@@ -50,12 +51,14 @@ def capture(
     loss_fn: LossFunction | None = None,
     precision: Literal["fp64"] | None = None,
     segment: bool = False,
+    is_known: Known = lambda target: True,
 ) -> Capture:
     """Capture ``model`` for training on batches like ``example_inputs`` (the global batch of one step).
 
     Sizes of the batch and of the sequence become symbols B and T where the model allows it; ``Capture.fixed`` says
     which
-    did not and why. ``segment`` cuts unevenly fused projections into one matmul per part.
+    did not and why. ``segment`` cuts unevenly fused projections into one matmul per part. ``is_known`` tells which
+    composite operators have a rule; the others are replaced by what torch composes them of.
     Raises PlanError for inputs or a loss that do not fit, UnsupportedError for what cannot be captured.
     """
     names, leaves, rebuild, tree = _leaves(model, example_inputs)
@@ -88,7 +91,7 @@ def capture(
     _check_loss(graph)
     segments: dict[str, tuple[str, Segment]] = {}
     sites: dict[str, Site] = {}
-    normalize(exported.graph_module, constants, attributes, segments if segment else None, sites)
+    normalize(exported.graph_module, constants, attributes, segments if segment else None, sites, is_known)
     trainable = {name: p.trainable for name, p in parameters.items()}
     function = function_of(graph, renaming, input_names, attributes, trainable, segments, set(sites))
     used = {segments[name][0] if name in segments else name for name in function.attributes()}

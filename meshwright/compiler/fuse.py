@@ -76,10 +76,13 @@ def _cross_entropy(node: fx.Node) -> fx.Node | None:
     soft = labels.meta["val"].is_floating_point()
     labels = _rows(node, labels) if soft else _flat(node, labels)
     if given["reduction"] == NONE:
-        raise UnsupportedError(
-            f"cross entropy {place(node)} with reduction='none' is not supported yet\n"
-            "  write it with log_softmax and gather"
-        )
+        if soft or given["label_smoothing"]:
+            raise UnsupportedError(
+                f"cross entropy {place(node)} with reduction='none' and soft labels or smoothing is not supported yet\n"
+                "  write it with log_softmax and gather"
+            )
+        logarithms = insert(aten.log_softmax.int, (logits, 1), like=node)
+        return _picked(node, logarithms, labels, given)[0]
     options: dict[str, Any] = {"reduction": "sum"}
     if given["ignore_index"] != -100 and not soft:
         options["ignore_index"] = given["ignore_index"]
@@ -99,6 +102,36 @@ def _cross_entropy(node: fx.Node) -> fx.Node | None:
     count = insert(aten.sum.default, (count,), like=node)
     count.meta["name"] = "num_valid"
     return insert(aten.div.Tensor, (total, count), like=node)
+
+
+def _nll(node: fx.Node) -> fx.Node | None:
+    """The logarithms at the labels, over the count of those that are valid."""
+    given = arguments_of(node)
+    losses, counted = _picked(node, _rows(node, given["self"]), _flat(node, given["target"]), given)
+    if given["reduction"] == NONE:
+        return losses
+    total = insert(aten.sum.default, (losses,), like=node)
+    if given["reduction"] == SUM:
+        return total
+    count = insert(aten.sum.default, (counted,), like=node)
+    count.meta["name"] = "num_valid"
+    return insert(aten.div.Tensor, (total, count), like=node)
+
+
+def _picked(node: fx.Node, logarithms: fx.Node, labels: fx.Node, given: Mapping[str, Any]) -> tuple[fx.Node, fx.Node]:
+    """The loss of every label, and what it counts: its weight, nothing where it is ignored."""
+    valid = insert(aten.ne.Scalar, (labels, given["ignore_index"]), like=node)
+    known = insert(aten.mul.Tensor, (labels, valid), like=node)  # an ignored label is no index
+    counted = insert(aten.to.dtype, (valid, logarithms.meta["val"].dtype), like=node)
+    if given["weight"] is not None:
+        weights = insert(aten.index.Tensor, (given["weight"], [known]), like=node)
+        counted = insert(aten.mul.Tensor, (weights, counted), like=node)
+    places = insert(aten.unsqueeze.default, (known, 1), like=node)
+    found = insert(aten.squeeze.dim, (insert(aten.gather.default, (logarithms, 1, places), like=node), 1), like=node)
+    losses = insert(aten.neg.default, (insert(aten.mul.Tensor, (found, counted), like=node),), like=node)
+    if given["reduction"] == NONE and given["target"].meta["val"].ndim != 1:
+        losses = insert(aten.reshape.default, (losses, list(given["target"].meta["val"].shape)), like=node)
+    return losses, counted
 
 
 NONE, SUM = 0, 2
@@ -129,6 +162,7 @@ FUSIONS: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
     aten.mT.default: _last_two,
     aten.addmm.default: _addmm,
     aten.cross_entropy_loss.default: _cross_entropy,
+    aten.nll_loss_nd.default: _nll,
 }
 
 

@@ -13,6 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
+from meshwright.compiler.decompose import Known, decompose
 from meshwright.compiler.errors import UnsupportedError
 from meshwright.compiler.functional import functionalize
 from meshwright.compiler.fuse import FUSIONS, cut_segments
@@ -30,18 +31,20 @@ def normalize(
     attributes: Mapping[fx.Node, str],
     segments: dict[str, tuple[str, Segment]] | None,
     sites: dict[str, Site],
+    is_known: Known,
 ) -> None:
     """Rewrite the graph of ``module`` in place.
 
     constants: placeholders of tensors that the model's code made, with their values. attributes: placeholders of
     parameters and buffers with their names. segments: filled with the parts of unevenly fused parameters, which are
-    then
-    read one by one; None leaves them whole. sites: filled with what random operators draw from.
+    then read one by one; None leaves them whole. sites: filled with what random operators draw from. is_known: which
+    composite operators stay as they are.
     Raises UnsupportedError for random operators that are not supported, and for in-place operations that have no pure
     form.
     """
     graph = module.graph
     _inline_submodules(module)
+    decompose(graph, lambda target: target in _REWRITES or target in FUSIONS or is_random(target) or is_known(target))
     functionalize(graph, attributes)
     _drop_needless_detaches(graph)
     rewrites: dict[Any, Rewrite] = {**_REWRITES, **FUSIONS}

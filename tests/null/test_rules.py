@@ -191,6 +191,7 @@ CASES: dict[Any, list[Callable[[], tuple[list[Any], dict[str, Any]]]]] = {
         for op in (aten.var.correction, aten.std.correction)
     },
     aten.linalg_vector_norm.default: [lambda: ([_x(4, 6, 8), 2, [-1], True], {}), lambda: ([_x(4, 6)], {})],
+    aten.norm.ScalarOpt_dim: [lambda: ([_x(4, 6, 8), 2.0, [1]], {})],
     aten.topk.default: [lambda: ([_x(4, 6, 8), 3, 1], {}), lambda: ([_x(4, 6), 3], {})],
     **{op: [lambda: ([_x(4, 6)], {})] for op in (aten.fft_fft.default, aten.fft_ifft.default, aten.fft_rfft.default)},
     **{

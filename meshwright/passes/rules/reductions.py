@@ -76,6 +76,7 @@ REDUCTIONS: Rules = {
         _reduce_whole,
     ),
     aten.linalg_vector_norm.default: _norm,
+    aten.norm.ScalarOpt_dim: _norm,
     # along a dim
     aten.softmax.int: along_whole_dim,
     aten.log_softmax.int: along_whole_dim,
