@@ -196,7 +196,7 @@ class Composite(Model):
         product = torch.tensordot(x, self.head.weight, ([2], [1]))
         logarithms = logits.log_softmax(-1).view(*labels.shape, -1).transpose(1, 2)
         every = F.cross_entropy(logits, labels.flatten(), reduction="none")
-        return near + F.nll_loss(logarithms, labels) + product.pow(2).mean() + (every * every).mean()
+        return near + F.nll_loss(logarithms, labels) + product.pow(2).mean() + (every * every).mean()  # type: ignore[no-any-return]
 
 
 class Complex(nn.Module):
