@@ -108,6 +108,15 @@ COLLECTIVES: Mapping[tuple[str, str], tuple[str | None, str | None]] = {
 """Conversion -> the collective of its forward and of its backward."""
 
 
+def is_conversion(source: Type, target: Type) -> bool:
+    """Whether one collective does it. From one split to another that is an exchange of whole dims: pieces of groups,
+    and other groups of the same dim, are gathered and cut again.
+    """
+    if source.is_split and target.is_split:
+        return source.dim != target.dim and source.groups == target.groups == 1
+    return (source.kind, target.kind) in COLLECTIVES
+
+
 def conversion_time(prices: Prices, value: Value, source: Type, target: Type, pieces: int) -> float:
     """Seconds of one conversion, forward and backward."""
     forward, backward = COLLECTIVES[source.kind, target.kind]

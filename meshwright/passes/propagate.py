@@ -16,7 +16,7 @@ from meshwright.compiler.errors import InternalError, PlanError, UnsupportedErro
 from meshwright.compiler.graph import Function, Value
 from meshwright.compiler.text import function_text
 from meshwright.compiler.types import I, P, R, S, Type
-from meshwright.passes.cost import COLLECTIVES, Prices, compute_time, conversion_time, holding_time
+from meshwright.passes.cost import Prices, compute_time, conversion_time, holding_time, is_conversion
 from meshwright.passes.factors import Factors
 from meshwright.passes.rows import (
     Row,
@@ -278,7 +278,7 @@ class _Solver:
 
     def _conversion(self, node: fx.Node, source: Type, target: Type) -> float | None:
         value = self.function.values[node]
-        if (source.kind, target.kind) not in COLLECTIVES:
+        if not is_conversion(source, target):
             return None
         if target.is_split and target not in self.found[node]:
             return None

@@ -13,6 +13,7 @@ from torch import fx
 from meshwright.compiler.blocks import Blocks
 from meshwright.compiler.graph import Block, Function, Value
 from meshwright.compiler.types import P, Type
+from meshwright.passes.cost import is_conversion
 from meshwright.passes.pieces import PIECES, Piece
 from meshwright.passes.propagate import Typing
 from meshwright.passes.rows import operands, results
@@ -201,11 +202,13 @@ def conversion_of(node: fx.Node) -> tuple[str, str] | None:
 
 
 def conversion(source: Type, target: Type) -> tuple[Any, dict[str, Any]]:
-    """The runtime function of a conversion and its keyword arguments beside the axis."""
+    """The runtime function of a conversion and its keyword arguments beside the axis. Raises KeyError for none."""
 
     def split(type_: Type) -> dict[str, Any]:
         return {"dim": type_.dim} | ({"groups": type_.groups} if type_.groups != 1 else {})
 
+    if not is_conversion(source, target):
+        raise KeyError(f"{source} -> {target} is no conversion")
     match source.kind, target.kind:
         case "I", "R":
             return invariant_to_replicated, {}
@@ -217,6 +220,4 @@ def conversion(source: Type, target: Type) -> tuple[Any, dict[str, Any]]:
             return shard, split(target) | {"of": source.kind}
         case "P", "S":
             return reduce_scatter, split(target)
-        case "S", "S":
-            return all_to_all, {"split_dim": target.dim, "concat_dim": source.dim}
-    raise KeyError(f"{source} -> {target} is no conversion")
+    return all_to_all, {"split_dim": target.dim, "concat_dim": source.dim}

@@ -6,9 +6,9 @@ from meshwright.compiler.errors import InternalError
 from meshwright.compiler.graph import Function
 from meshwright.compiler.program import Lowered
 from meshwright.compiler.types import I, R, Type
-from meshwright.passes.cost import COLLECTIVES
+from meshwright.passes.cost import is_conversion
 from meshwright.passes.prove import prove
-from meshwright.passes.reshard import conversion_of
+from meshwright.passes.reshard import conversion, conversion_of
 from meshwright.passes.rows import factors_by_node, operands, results, rows_of
 from meshwright.passes.rules import Rules
 from meshwright.passes.schedule import PEAKS
@@ -44,10 +44,9 @@ def _check(function: Function, sizes: dict[str, int], rules: Rules, where: str) 
             continue
         converted = conversion_of(node)
         if converted is not None:
-            axis, target = converted
-            before = values[node.args[0]].types.get(axis, I)
-            after = values[node].types.get(axis, I)
-            if (before.kind, after.kind) not in COLLECTIVES or after.kind not in target:
+            axis, _ = converted
+            before, after = _of(function, node.args[0], axis), _of(function, node, axis)
+            if not is_conversion(before, after) or (node.target, node.kwargs) != conversion(before, after):
                 raise InternalError(f"{where}: {node.format_node()} converts {before} to {after} on {axis}")
             continue
         outs = results(function, node)

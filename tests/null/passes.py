@@ -1,7 +1,9 @@
 """The passes run one by one on small models, and their texts compared: text in, text out, without processes."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from meshwright.passes.partition import Partition, partition
 from meshwright.passes.propagate import factor, propagate
 from meshwright.passes.reshard import reshard
 from meshwright.passes.rules import DEFAULT_RULES
+from tests.null.simulate import simulate
 
 Batch = Mapping[str, Any] | tuple[Any, ...]
 
@@ -74,6 +77,24 @@ def _typed(captured: Capture, mesh: Mesh, plan: Plan) -> Blocks:
     return reshard(
         blocks, tuple(propagate(blocks, axis, factors, priced, pins_of(captured, plan, axis.name)) for axis in axes)
     )
+
+
+def check_exact(model: nn.Module, batch: tuple[torch.Tensor, ...], plan: Plan | None = None, **sizes: int) -> Blocks:
+    """Run the typed program on all ranks of ``sizes`` (dp, mb, tp), and compare with one device: loss and gradients."""
+    chosen = replace(plan or Plan(), microbatches=sizes.get("mb", 1))
+    captured = capture(model, batch, precision="fp64", segment=True)
+    blocks = _typed(captured, Mesh(**{axis: size for axis, size in sizes.items() if axis != "mb"}), chosen)
+    whole = copy.deepcopy(model).double()
+    doubled = tuple(leaf.double() if leaf.is_floating_point() else leaf for leaf in batch)
+    loss = whole(*doubled)
+    loss.backward()
+    named = {leaf.name: tensor for leaf, tensor in zip(captured.inputs, doubled, strict=True)}
+    got, gradients = simulate(captured, blocks, sizes, named, captured.tensors)
+    torch.testing.assert_close(got, loss.detach(), rtol=1e-9, atol=1e-12, equal_nan=True)
+    for name, parameter in whole.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12, equal_nan=True)
+    return blocks
 
 
 def same(text: str, expected: str) -> None:
