@@ -1,5 +1,7 @@
 """Operators that read or write at places that tensors name."""
 
+from dataclasses import replace
+
 import torch
 
 from meshwright.passes.factors import Factor, Factors, Place, Rule, instantiate
@@ -9,10 +11,17 @@ aten = torch.ops.aten
 
 
 def _embedding(call: Call) -> Factors:
-    """A table split along its rows is read with a mask, but not where one row is left out of the gradient."""
-    has_padding = call.argument(2, "padding_idx", -1) >= 0
-    rule = Rule("v! d, ... -> ... d") if has_padding else Rule("v d, ... -> ... d", pieces={"v": "embedding"})
-    return instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
+    """A table split along its rows is read with a mask, but not where one row is left out of the gradient, and tokens
+    are split, but not where the gradient is divided by how often each occurs among all.
+    """
+    has_padding, by_frequency = call.argument(2, "padding_idx", -1) >= 0, call.argument(3, "scale_grad_by_freq", False)
+    cut = not has_padding and not by_frequency
+    rule = Rule("v d, ... -> ... d", pieces={"v": "embedding"}) if cut else Rule("v! d, ... -> ... d")
+    factors = instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
+    if not by_frequency:
+        return factors
+    kept = (replace(factor, whole=factor.whole or factor.operands[1] is not None) for factor in factors.factors)
+    return replace(factors, factors=tuple(kept))
 
 
 def _gather(call: Call) -> Factors:
