@@ -1,7 +1,9 @@
 """Partition: cut the main function into pipeline stages of balanced cost, at module boundaries."""
 
 import difflib
-from collections.abc import Mapping
+import itertools
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -123,21 +125,25 @@ def _can_cross(main: Function, units: list[fx.Node], position: int) -> bool:
 
 def _balance(times: list[float], allowed: list[int], num_stages: int) -> list[int]:
     """The cuts with the least largest sum, and among those the least sum of squares."""
-    edges = [0, *allowed, len(times)]
-    prefix = [0.0]
-    for time in times:
-        prefix.append(prefix[-1] + time)
-    best: list[dict[int, tuple[float, float, list[int]]]] = [{0: (0.0, 0.0, [])}]
+    prefix = [0.0, *itertools.accumulate(times)]
+    pairs = itertools.combinations((0, *allowed, len(times)), 2)
+    costs = {(start, stop): round(prefix[stop] - prefix[start], 12) for start, stop in pairs}
+    largest, _ = _cheapest(costs, num_stages, len(times), max)
+    squares = {pair: cost * cost for pair, cost in costs.items() if cost <= largest}
+    return _cheapest(squares, num_stages, len(times), operator.add)[1][:-1]
+
+
+def _cheapest(
+    costs: Mapping[tuple[int, int], float], num_stages: int, end: int, join: Callable[[float, float], float]
+) -> tuple[float, list[int]]:
+    """The least of all ways from 0 to ``end`` in ``num_stages`` steps that have a cost, and where its steps end."""
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for _ in range(num_stages):
-        reached: dict[int, tuple[float, float, list[int]]] = {}
-        for i, edge in enumerate(edges):
-            ways = []
-            for j in range(i):
-                if edges[j] in best[-1] and edges[j] < edge:
-                    most, squares, cuts = best[-1][edges[j]]
-                    cost = prefix[edge] - prefix[edges[j]]
-                    ways.append((max(most, round(cost, 12)), squares + cost * cost, [*cuts, edge]))
-            if ways:
-                reached[edge] = min(ways, key=lambda way: (way[0], way[1]))
-        best.append(reached)
-    return best[-1][len(times)][2][:-1]
+        reached: dict[int, tuple[float, list[int]]] = {}
+        for (start, stop), cost in costs.items():
+            if start in best:
+                total = join(best[start][0], cost)
+                if stop not in reached or total < reached[stop][0]:
+                    reached[stop] = (total, [*best[start][1], stop])
+        best = reached
+    return best[end]
