@@ -1,5 +1,6 @@
 """Lower: the stages as functions of their own, with what they send, receive, prepare and hold."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,14 +104,19 @@ class _Cutter:
             self.received.setdefault(node)
             return
         if _is_prepared(self.main, node):
-            origin = self.main.origins.get(node)
-            name = origin.name if origin else node.name
-            taken = set(self.prepared.values())
-            self.prepared[node] = name if name not in taken else f"{name}_{len(taken)}"
+            self.prepared[node] = self._name_of_prepared(node)
             return
         self.needed.add(node)
         for used in node.all_input_nodes:
             self._need(used)
+
+    def _name_of_prepared(self, node: fx.Node) -> str:
+        """What the user calls it, apart from what forward takes: ``mask = mask.sum()`` names a sum like an input."""
+        origin = self.main.origins.get(node)
+        name = origin.name if origin else node.name
+        taken = {other.name for other in self.order if other is not node} | set(self.prepared.values())
+        numbered = (f"{name}_{i}" for i in itertools.count(1))
+        return next(free for free in itertools.chain((name,), numbered) if free not in taken)
 
     def function(self, sends: list[str], last: bool) -> tuple[Function, Function | None, set[str]]:
         """The stage's forward, its prepare, and the batch inputs that they read."""

@@ -193,9 +193,21 @@ def test_two_counts_have_names_of_their_own() -> None:
 
     program = lowered(_linears(run, 1), (X, torch.randint(8, (4,))), Plan(microbatches=2))
     (stage,) = program.stages
-    assert len(set(stage.prepares)) == 2 and stage.prepare is not None
+    assert stage.prepares == ("num_valid", "num_valid_1") and stage.prepare is not None
     assert len(stage.prepare.results()) == 2
     assert {node.name for node in stage.function.inputs()} == {"x", "labels", *stage.prepares}
+
+
+def test_a_sum_named_like_an_input_takes_another_name() -> None:
+    def run(self: Any, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        loss = (self.a(x) * labels[:, None]).sum()
+        labels = labels.sum()
+        return loss / labels
+
+    program = lowered(_linears(run, 1), (X, torch.rand(4)), Plan(microbatches=2))
+    (stage,) = program.stages
+    assert stage.prepares == ("labels_1",)
+    assert [node.name for node in stage.function.inputs()] == ["x", "labels", "labels_1"]
 
 
 def test_what_no_stage_reads_is_nowhere() -> None:
