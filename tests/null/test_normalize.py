@@ -290,6 +290,48 @@ def test_a_sum_of_losses_has_no_count() -> None:
     )
 
 
+def test_losses_over_several_dims_are_losses_over_rows() -> None:
+    def run(self: Any, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        return F.cross_entropy((self.table(x) * 2).transpose(1, 2), labels, reduction="sum")
+
+    same(
+        _text(Model(run, table=nn.Embedding(10, 8)), TOKENS, TOKENS % 8),
+        """
+        table_weight       table.weight                                                        (10, 8)    float32  parameters grad
+        x                  input                                                               (B, T)     int64    inputs
+        labels             input                                                               (B, T)     int64    inputs
+        embedding_default  aten.embedding(table_weight, x)                                     (B, T, 8)  float32  data grad
+        mul_tensor         aten.mul(embedding_default, 2)                                      (B, T, 8)  float32  data grad
+        transpose_int      aten.transpose(mul_tensor, 1, 2)                                    (B, 8, T)  float32  data grad
+        permute_default    aten.permute(transpose_int, [0, 2, 1])                              (B, T, 8)  float32  data grad
+        reshape_default    aten.reshape(permute_default, [-1, 8])                              (B*T, 8)   float32  data grad
+        reshape_default_1  aten.reshape(labels, [-1])                                          (B*T,)     int64    inputs
+        cross_entropy      cross_entropy(reshape_default, reshape_default_1, reduction='sum')  ()         float32  data grad
+                           output cross_entropy
+        """,  # noqa: E501
+    )
+
+
+def test_the_loss_of_one_label_is_a_loss_over_rows() -> None:
+    def run(self: Any, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        return F.cross_entropy(x @ self.weight, labels.sum(), reduction="sum")
+
+    same(
+        _text(Model(run, weight=parameter(8)), X, torch.tensor([1, 0, 1, 1])),
+        """
+        weight             weight                                                              (8,)    float32  parameters grad
+        x                  input                                                               (B, 8)  float32  inputs
+        labels             input                                                               (B,)    int64    inputs
+        matmul_default     aten.matmul(x, weight)                                              (B,)    float32  data grad
+        sum_default        aten.sum(labels)                                                    ()      int64    inputs
+        unsqueeze_default  aten.unsqueeze(matmul_default, 0)                                   (1, B)  float32  data grad
+        reshape_default    aten.reshape(sum_default, [-1])                                     (1,)    int64    inputs
+        cross_entropy      cross_entropy(unsqueeze_default, reshape_default, reduction='sum')  ()      float32  data grad
+                           output cross_entropy
+        """,  # noqa: E501
+    )
+
+
 def test_class_weights_are_counted_where_labels_are_valid() -> None:
     def run(self: Any, x: torch.Tensor, labels: torch.Tensor) -> Any:
         return F.cross_entropy(x * self.weight, labels, weight=torch.ones(8), label_smoothing=0.1)

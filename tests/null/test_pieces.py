@@ -59,6 +59,16 @@ def test_loss_over_pieces_of_classes_and_batch() -> None:
     assert _is_cut(check_exact(_loss(), (X, labels), CUT, dp=2, mb=2, tp=2))
 
 
+@pytest.mark.parametrize("sizes", [{"tp": 4}, {"dp": 2, "mb": 2, "tp": 2}])
+def test_loss_with_classes_in_the_middle(sizes: dict[str, int]) -> None:
+    def run(self: Any, tokens: torch.Tensor, labels: torch.Tensor) -> Any:
+        features = F.embedding(tokens, self.weight) * self.scale
+        return F.cross_entropy(F.linear(features, self.weight).transpose(1, 2), labels)
+
+    labels = EVERY_PIECE.where(EVERY_PIECE != 6, -100).view(4, 2)
+    assert _is_cut(check_exact(_table(run), (EVERY_PIECE.view(4, 2), labels), CUT, **sizes))
+
+
 @pytest.mark.parametrize("size", [1e4, -1e4, 700.0])
 def test_large_logits_do_not_overflow(size: float) -> None:
     model: Any = _loss()
