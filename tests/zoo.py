@@ -73,13 +73,17 @@ _T5 = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One class of the zoo. ``kind`` names the batch in BATCHES; ``without``: entries of that batch left out."""
+    """One class of the zoo. ``kind`` names the batch in BATCHES; ``without``: entries of that batch left out.
+
+    experts: how a mixture computes; the default is an operator of Transformers' own, which emitted code cannot import.
+    """
 
     config_class: str
     config: Mapping[str, Any]
     kind: str = "causal"
     without: tuple[str, ...] = ()
     extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    experts: str | None = None
 
 
 ZOO: Mapping[str, Entry] = {
@@ -113,7 +117,7 @@ ZOO: Mapping[str, Entry] = {
     "GraniteForCausalLM": Entry("GraniteConfig", _GROUPED),
     "StableLmForCausalLM": Entry("StableLmConfig", {**_GROUPED, "hidden_dropout": 0.0, "attention_dropout": 0.0}),
     # text: mixtures of experts and scans
-    "MixtralForCausalLM": Entry("MixtralConfig", {**_EXPERTS, "sliding_window": None}),
+    "MixtralForCausalLM": Entry("MixtralConfig", {**_EXPERTS, "sliding_window": None}, experts="batched_mm"),
     "MambaForCausalLM": Entry(
         "MambaConfig",
         {"vocab_size": VOCABULARY, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "use_cache": False,
@@ -197,13 +201,15 @@ def build(name: str) -> nn.Module:
     entry = ZOO[name]
     torch.manual_seed(0)
     config = getattr(transformers, entry.config_class)(**entry.config, **entry.extra)
-    model: nn.Module = getattr(transformers, name)(config)
+    model: Any = getattr(transformers, name)(config)
+    if entry.experts is not None:
+        model.set_experts_implementation(entry.experts)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.copy_(noise + (0.5 if parameter.ndim == 1 else 0.0))
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def batch(name: str, size: int = BATCH) -> Batch:

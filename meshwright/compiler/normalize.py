@@ -44,6 +44,7 @@ def normalize(
     """
     graph = module.graph
     _inline_submodules(module)
+    _refuse_foreign(graph, is_known)
     decompose(graph, lambda target: target in _REWRITES or target in FUSIONS or is_random(target) or is_known(target))
     functionalize(graph, attributes)
     _drop_needless_detaches(graph)
@@ -72,6 +73,18 @@ def normalize(
         remove_dead(graph)
     _share(graph)
     remove_dead(graph)
+
+
+def _refuse_foreign(graph: fx.Graph, is_known: Known) -> None:
+    """Raise UnsupportedError for an operator of another library, unless a rule of the user's knows it."""
+    for node in graph.nodes:
+        is_operator = isinstance(node.target, torch._ops.OpOverload)
+        if is_operator and node.target.namespace not in ("aten", "prims") and not is_known(node.target):
+            raise UnsupportedError(
+                f"{node.target} {place(node)} is no operator of torch's own, and the emitted program cannot import it\n"
+                "  choose another implementation (for experts in Transformers: "
+                "model.set_experts_implementation('batched_mm'))"
+            )
 
 
 def remove_dead(graph: fx.Graph) -> None:

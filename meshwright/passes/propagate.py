@@ -141,7 +141,17 @@ class _Solver:
                         carried[outer] = inside[result]
             else:
                 _forward_node(self.function, node, self.factors.get(node), carried)
+                if node in self.function.values and node not in carried:
+                    carried |= self._as_long_as_seeds(node)
         return carried
+
+    def _as_long_as_seeds(self, node: fx.Node) -> dict[fx.Node, Type]:
+        """The split of a value that the code makes as long as the batch, a mask of ones, say."""
+        inputs = {str(n.target): self.function.values[n].shape for n in self.function.inputs()}
+        sizes = {inputs[name][dim] for name, dim in self.axis.seeds.items() if name in inputs}
+        shape = self.function.values[node].shape
+        dims = [dim for dim, size in enumerate(shape) if not isinstance(size, int) and size in sizes]
+        return {node: S(dims[0])} if dims and not self.axis.features and self.blocks is not None else {}
 
     def boundary(self, node: fx.Node) -> Type:
         """The type of a value where it enters or leaves a function."""
