@@ -11,16 +11,16 @@ from typing import Any
 
 import jinja2
 import torch
-from safetensors.torch import save_file
 
+from meshwright.codegen.edges import edge_names
 from meshwright.codegen.manifest import manifest_of
-from meshwright.codegen.stages import edge_names, stage_view
+from meshwright.codegen.stages import stage_view
+from meshwright.codegen.weights import write_weights
 from meshwright.compiler.errors import PlanError
 from meshwright.compiler.program import Lowered
 from meshwright.runtime.actions import render, to_ranks
 
 MAX_RANK_FILES = 1024
-SHARD_BYTES = 4 * 2**30
 
 
 def emit(lowered: Lowered, directory: Path, *, ranks: Iterable[int] | None, weights: bool, overwrite: bool) -> Path:
@@ -43,7 +43,7 @@ def emit(lowered: Lowered, directory: Path, *, ranks: Iterable[int] | None, weig
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         if weights:
-            _write_weights(lowered, building / "weights")
+            write_weights(lowered, building / "weights")
         building.chmod(0o755)
         _replace(building, directory)
     finally:
@@ -223,38 +223,3 @@ def _high(lowered: Lowered, value: torch.Tensor) -> int:
     tables = [p.shape[0] for p in lowered.capture.parameters.values() if len(p.shape) == 2]
     high = int(value.max()) + 1
     return min((t for t in tables if t >= high), default=max(high, 2)) if high > 2 else max(high, 2)
-
-
-def _write_weights(lowered: Lowered, directory: Path) -> None:
-    """Whole tensors by the model's names, in shards, with an index; nothing for a model without real parameters."""
-    tensors = lowered.capture.tensors
-    names = [
-        *lowered.capture.parameters,
-        *lowered.buffers,
-        *(n for n, b in lowered.capture.buffers.items() if n not in lowered.buffers),
-    ]
-    owners = dict.fromkeys(lowered.buffers[n][0].name if n in lowered.buffers else n for n in names)
-    real = [name for name in owners if name in tensors and not tensors[name].is_meta]
-    if not real:
-        return
-    directory.mkdir()
-    index: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    size = count = 0
-
-    def flush() -> None:
-        nonlocal shard, size, count
-        if shard:
-            file = f"weights_{count:05d}.safetensors"
-            save_file(shard, directory / file)
-            index.update(dict.fromkeys(shard, file))
-            shard, size, count = {}, 0, count + 1
-
-    for name in real:
-        tensor = tensors[name].detach().contiguous().clone().cpu()
-        if size + tensor.nbytes > SHARD_BYTES:
-            flush()
-        shard[name] = tensor
-        size += tensor.nbytes
-    flush()
-    (directory / "index.json").write_text(json.dumps({"weight_map": index}, indent=1) + "\n")

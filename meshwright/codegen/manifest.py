@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from meshwright.codegen.stages import axes_of
+from meshwright.codegen.edges import axes_of
 from meshwright.compiler.graph import Function, Value
 from meshwright.compiler.program import Edge, Lowered, Placed, Stage
 from meshwright.compiler.types import Held, I, Size

@@ -1,9 +1,11 @@
 """What stands beside a line: the whole shape of what it assigns, what is split, and the types that matter."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 import sympy
 
+from meshwright.codegen.views import Line
 from meshwright.compiler.capture import BATCH
 from meshwright.compiler.graph import Value
 from meshwright.compiler.types import I, Size, Type
@@ -59,3 +61,24 @@ def margin(value: Value, axes: Mapping[str, int], before: Value | None = None) -
     types = types_text(value, axes, before)
     shape = shape_text(value, axes)
     return f"{shape}  {types}" if types else shape
+
+
+def legend(symbols: Iterable[object], axes: Mapping[str, int], lines: Iterable[Line]) -> Iterator[tuple[str, str]]:
+    """The terms of the margins that occur in ``lines``, with what they mean."""
+    text = " \n".join(line.margin for line in lines if not line.is_comment) + " "
+    names = {str(symbol) for symbol in symbols}
+    if "B" in names and re.search(r"\bT\b", text):
+        yield "B, T", "sequences and tokens of one microbatch of one dp rank"
+    elif "B" in names:
+        yield "B", "samples of one microbatch of one dp rank"
+    for axis, size in axes.items():
+        if axis in BATCH_AXES or size == 1:
+            continue
+        if match := re.search(rf"(\d+)/{axis}", text):
+            yield match[0], f"split: each {axis} rank has its piece of the {match[1]}"
+        if re.search(rf"\b{axis} I", text):
+            yield f"{axis} I", f"the same on every {axis} rank, and so is its gradient"
+        if re.search(rf"\b{axis} R|{axis} \S+ -> R", text):
+            yield f"{axis} R", f"the same, but of its gradient each {axis} rank has a part, still to be summed"
+        if re.search(rf"\b{axis} P", text):
+            yield f"{axis} P", f"each {axis} rank has a part, still to be summed"

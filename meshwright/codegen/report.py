@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from meshwright.codegen.edges import edge_names
 from meshwright.codegen.manifest import manifest_of
-from meshwright.codegen.stages import edge_names
 from meshwright.compiler.program import Lowered
 
 
