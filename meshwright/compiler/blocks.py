@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from torch import fx
@@ -61,7 +62,7 @@ def find_blocks(capture: Capture, plan: Plan, parted: frozenset[str] = frozenset
         instance = _instance(function, path, class_name, inside[path])
         if instance is not None:
             groups.setdefault(_signature(function, capture, plan, instance), []).append(instance)
-    repeated = [group for group in groups.values() if len(group) > 1]
+    repeated = _without_circles(function, [group for group in groups.values() if len(group) > 1])
     names = _unique([group[0].class_name for group in repeated])
     blocks = tuple(
         Block(name=name, instances=tuple(i.path for i in group), function=_inside(function, group[0]))
@@ -110,6 +111,23 @@ def _instance(function: Function, path: str, class_name: str, inside: list[fx.No
     return _Instance(
         path=path, class_name=class_name, nodes=(*attributes, *inside), inputs=tuple(inputs), outputs=outputs
     )
+
+
+def _without_circles(function: Function, groups: list[list[_Instance]]) -> list[list[_Instance]]:
+    """The groups whose instances can be called one after the other; in a circle each would wait for the next."""
+    while True:
+        owner: dict[fx.Node, Any] = {n: instance.path for group in groups for instance in group for n in instance.nodes}
+        order: TopologicalSorter[Any] = TopologicalSorter()
+        for node in function.graph.nodes:
+            unit = owner.get(node, node)
+            order.add(unit, *(other for n in node.all_input_nodes if (other := owner.get(n, n)) != unit))
+        try:
+            order.prepare()
+        except CycleError as error:
+            circle = set(error.args[1])
+            groups = [group for group in groups if circle.isdisjoint(instance.path for instance in group)]
+        else:
+            return groups
 
 
 def _signature(function: Function, capture: Capture, plan: Plan, instance: _Instance) -> Any:

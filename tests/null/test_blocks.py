@@ -130,17 +130,43 @@ def test_the_outermost_repeated_module_is_the_block() -> None:
     assert _instances(_blocks(_model(Group(), Group()))) == {"Group": ("layers.0", "layers.1")}
 
 
-def test_interleaved_modules_are_not_cut() -> None:
-    """Each layer's second half reads the other's first: neither can be called as a whole."""
+class Halves(Layer):
+    def forward(self, x: torch.Tensor, second: bool = False) -> Any:
+        return torch.relu(self.down(x)) * 2 if second else torch.relu(self.up(x)) * 2
 
-    class Halves(Layer):
-        def forward(self, x: torch.Tensor, half: int = 0) -> Any:
-            return torch.relu(self.up(x)) * 2 if half == 0 else torch.relu(self.down(x)) * 2
+
+def test_a_module_that_waits_for_what_reads_it_is_not_cut() -> None:
+    """What stands between the halves of a layer reads the first and is read by the second."""
+
+    def run(self: Any, x: torch.Tensor) -> Any:
+        x = x * self.stem
+        for layer in self.layers:
+            x = layer(layer(x).cos(), second=True)
+        return x.sum()
+
+    assert _instances(_blocks(_model(Halves(), Halves(), run=run))) == {}
+
+
+def test_one_that_is_not_cut_keeps_no_other_from_it() -> None:
+    def run(self: Any, x: torch.Tensor) -> Any:
+        x, total = x * self.stem, x.sum()
+        for layer, waits in zip(self.layers, (False, True, False), strict=True):
+            first, wide = layer(x), torch.cat([x, x], 1)
+            total = total + layer(first.cos() if waits else wide.cos(), second=True).sum() + first.sum()
+        return total
+
+    model = _model(Halves(), Halves(), Halves(), run=run)
+    assert _instances(_blocks(model)) == {"Halves": ("layers.0", "layers.2")}
+
+
+def test_modules_that_wait_for_each_other_are_not_cut() -> None:
+    """Each layer's second half reads the other's first: neither can be called before the other."""
 
     def run(self: Any, x: torch.Tensor) -> Any:
         one, two = self.layers
         x = x * self.stem
-        return (one(two(x, 0), 1) + two(one(x, 0), 1)).sum()
+        first, second = one(x), two(x)
+        return (one(second, second=True) + two(first, second=True)).sum()
 
     assert _instances(_blocks(_model(Halves(), Halves(), run=run))) == {}
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from meshwright import Plan, PlanError, UnsupportedError
+from meshwright import Plan, PlanError
 from meshwright.compiler.program import Lowered
 from meshwright.compiler.text import stage_text
-from tests.null.passes import Model, lowered, parameter, same
+from tests.null.passes import Model, check_exact, lowered, parameter, same
 
 X = torch.randn(4, 8)
 TOKENS = torch.randint(10, (4, 6))
@@ -241,16 +241,13 @@ def test_a_pin_on_dp_along_another_dim() -> None:
     )
 
 
-def test_numbers_of_the_samples_are_refused() -> None:
+def test_numbers_of_the_samples_are_cut_over_replicas_and_refused_in_time() -> None:
     def run(self: Any, x: torch.Tensor) -> Any:
         return (self.a(x) * torch.arange(x.shape[0])[:, None]).sum()
 
-    with pytest.raises(UnsupportedError) as error:
-        lowered(_linears(run, 1), (X,), dp=2)
-    assert str(error.value) == (
-        "the model numbers the samples of the whole batch (arange_default): no rank has them all\n"
-        "  use the values of a tensor of the batch instead"
-    )
+    check_exact(_linears(run, 1), (X,), dp=2)
+    with pytest.raises(PlanError, match="^the batch cannot be cut into microbatches without changing the result"):
+        lowered(_linears(run, 1), (X,), Plan(microbatches=2))
 
 
 def test_buffers_are_held_where_they_are_read() -> None:

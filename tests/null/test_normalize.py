@@ -464,6 +464,14 @@ def test_indexing_columns_before_rows_is_no_view() -> None:
     assert "aten.index(" in _text(Model(run, weight=parameter(8)), X)
 
 
+def test_indexing_along_the_diagonal_is_no_view() -> None:
+    def run(self: Any, x: torch.Tensor) -> Any:
+        square = F.linear(self.weight, self.weight)
+        return (x.sum() * square)[torch.arange(8), torch.arange(8)].sum()
+
+    assert "aten.index(" in _text(Model(run, weight=parameter(8, 8)), X)
+
+
 def test_what_broadcasts_by_itself_is_not_expanded() -> None:
     model = Model(lambda self, x: (x * self.weight.expand(x.shape[0], 8)).sum(), weight=parameter(8))
     same(
@@ -543,10 +551,11 @@ def test_a_projection_cut_unevenly_is_read_part_by_part() -> None:
     )
 
 
-def test_a_projection_cut_with_a_gap_stays_whole() -> None:
+@pytest.mark.parametrize(("first", "second"), [(slice(8), slice(9, 12)), (slice(8), slice(8, 11))])
+def test_a_projection_of_which_a_part_is_left_out_stays_whole(first: slice, second: slice) -> None:
     def run(self: Any, x: torch.Tensor) -> Any:
         fused = self.fused(x)
-        return (fused[:, :8] * 2).sum() + fused[:, 9:].sum()
+        return (fused[:, first] * 2).sum() + fused[:, second].sum()
 
     text = _text(Model(run, fused=nn.Linear(8, 12)), X)
     assert "fused.weight[" not in text and "aten.slice" in text
