@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from meshwright.compiler.errors import PlanError
+from meshwright.compiler.graph import Value
 from meshwright.passes.factors import Rule, of_view, parse
-from meshwright.passes.rules import DEFAULT_RULES, RANDOM_RULES
+from meshwright.passes.rules import DEFAULT_RULES, RANDOM_RULES, Call, factors_of
 from meshwright.testing import check_rule
 
 aten = torch.ops.aten
@@ -214,8 +215,10 @@ CASES: dict[Any, list[Callable[[], tuple[list[Any], dict[str, Any]]]]] = {
     aten.zeros_like.default: [lambda: ([_x(4, 6)], {})],
     aten.ones_like.default: [lambda: ([_x(4, 6)], {})],
 }
-CONSTANTS = {aten.zeros.default, aten.ones.default, aten.full.default, *RANDOM_RULES}
-"""They have no operand: their pieces are made with the piece's own shape; or they are random (test_random.py)."""
+CONSTANTS: dict[Any, list[Any]] = {aten.zeros.default: [], aten.ones.default: [], aten.full.default: [2.5]}
+"""Without an operand, and their arguments behind the shape."""
+ELSEWHERE = {*CONSTANTS, *RANDOM_RULES}
+"""Proven below, and in test_random.py."""
 
 POINTWISE: list[tuple[Any, list[Any]]] = [
     (aten.add.Tensor, [_x(2, 4, 6), _x(4, 6)]),
@@ -232,7 +235,24 @@ POINTWISE: list[tuple[Any, list[Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("operator", [op for op in DEFAULT_RULES if op not in CONSTANTS], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("operator", CONSTANTS, ids=lambda op: op.__name__)
+def test_a_piece_of_a_constant_is_made_with_its_own_shape(operator: Any) -> None:
+    rest = CONSTANTS[operator]
+    whole = operator([4, 6], *rest)
+    value = Value(shape=(4, 6), dtype=whole.dtype, grad=False, made_of="inputs")
+    call = Call(target=operator, args=([4, 6], *rest), kwargs={}, operands=(), results=(value,))
+    factors = factors_of(call, DEFAULT_RULES)
+    assert factors is not None and len(factors.factors) == 2
+    for factor in factors.factors:
+        (place,) = factor.results
+        assert place is not None and not factor.whole
+        shape = [4, 6]
+        shape[place.dim] //= 2
+        for piece in whole.chunk(2, place.dim):
+            assert torch.equal(operator(shape, *rest), piece)
+
+
+@pytest.mark.parametrize("operator", [op for op in DEFAULT_RULES if op not in ELSEWHERE], ids=lambda op: op.__name__)
 def test_rule_holds(operator: Any) -> None:
     assert operator in CASES, f"{operator} has a rule and no case here"
     proven = 0
