@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+PARITY = {"test_parity", "test_hard", "test_zoo", "test_random"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,10 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start processes run one after another on one worker, beside all others."""
+    """Tests that start processes run one after another: parity on one worker, what may fail and wait on another."""
     for item in items:
         if item.get_closest_marker("gloo"):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+            group = "parity" if item.path.stem in PARITY else "processes"
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture
