@@ -12,6 +12,7 @@ from meshwright.codegen.wording import identifier, quoted, tuple_text, unused
 from meshwright.compiler.graph import Function, Value
 from meshwright.compiler.program import Lowered, Placed, Stage
 from meshwright.compiler.types import Held
+from meshwright.runtime.layout import largest_piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +65,14 @@ class Declarations:
         return f"param({', '.join(parts)})"
 
     def _piece(self, value: Value) -> str:
-        """The shape of a rank's piece in use."""
-        local = list(value.shape)
+        """The shape of a rank's piece in use, and that of the last rank where it is shorter."""
+        local, last = list(value.shape), list(value.shape)
         for axis, type_ in value.types.items():
             if type_.is_split:
-                local[type_.dim] = int(local[type_.dim]) // axes_of(self.lowered)[axis]
-        return tuple_text(local)
+                size, pieces = int(local[type_.dim]), axes_of(self.lowered)[axis]
+                local[type_.dim] = largest_piece(size, pieces)
+                last[type_.dim] = size - (pieces - 1) * largest_piece(size, pieces)
+        return tuple_text(local) if last == local else f"{tuple_text(local)}, the last {tuple_text(last)}"
 
 
 def declarations(lowered: Lowered, stage: Stage) -> Declarations:

@@ -20,7 +20,10 @@ def spell_view(x: Text, source: Value, target: Value, local: Local, is_flexible:
     code = x.at(20)
     factors = of_view(source.shape, target.shape)
     if _product(tuple(factor.size for factor in factors)) != _product(source.shape):
-        return Text(f"{code}.reshape({', '.join(local(target, dim, None) for dim in range(len(target.shape)))})")
+        fixed = (dim for dim, size in enumerate(target.shape) if isinstance(size, int))
+        free = next((dim for dim in fixed if is_flexible(target, dim)), None)
+        sizes = ("-1" if dim == free else local(target, dim, None) for dim in range(len(target.shape)))
+        return Text(f"{code}.reshape({', '.join(sizes)})")
     return Text(_unflattened(code, source, target, factors, local, is_flexible))
 
 

@@ -46,6 +46,8 @@ class Sizes:
         inputs, of which a rank may have a piece.
         """
         if not isinstance(size, sympy.Expr):
+            if size % count:
+                raise InternalError(f"a size of {size} in {count} pieces is not the same on every rank")
             return size // count
         self.symbols.update(str(symbol) for symbol in size.free_symbols)
         scales = {symbol: self._place_of(str(symbol))[1] * symbol for symbol in size.free_symbols}

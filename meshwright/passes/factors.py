@@ -39,15 +39,16 @@ class Place:
 class Factor:
     """One factor with its places in every operand and every result (None: it is not there).
 
-    whole: it must not be split. mean: it is averaged over, not summed. pieces: computing with a piece of it takes
-    lines of
-    its own, by this name (see ``meshwright.passes.pieces``). invariant: those lines end with the whole result.
+    whole: it must not be split. equal: its pieces must be equally long. mean: it is averaged over, not summed.
+    pieces: computing with a piece of it takes lines of its own, by this name (see ``meshwright.passes.pieces``).
+    invariant: those lines end with the whole result.
     """
 
     size: Size
     operands: tuple[Place | None, ...]
     results: tuple[Place | None, ...]
     whole: bool = False
+    equal: bool = False
     mean: bool = False
     pieces: str | None = None
     invariant: bool = False

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from meshwright.compiler.errors import PlanError
 from meshwright.compiler.graph import Value
 from meshwright.passes.factors import Factor, Place, Rule
+from meshwright.passes.rows import is_cuttable
 from meshwright.passes.rules import Call, RuleFunction, factors_of
 
 TOLERANCE = 1e-10
@@ -30,8 +31,8 @@ def check_rule(
     """Prove ``rule`` for one call of ``operator`` on float64 inputs; returns how many splits were proven.
 
     rule: a Rule, a function of the Call, or None for the rule of a pointwise operator. args: the call's arguments; the
-    sizes of dims to be split are multiples of ``pieces``. Factors that name ``pieces`` lines of their own are left to
-    them.
+    sizes of dims to be split are multiples of ``pieces``, or what the rule allows to be cut unevenly, which is proven
+    with one piece more. Factors that name ``pieces`` lines of their own are left to them.
     fixed: operands, by position, that the operator has no gradient for.
     Raises PlanError that names the factor where the pieces do not give the whole.
     """
@@ -51,11 +52,14 @@ def check_rule(
         raise PlanError(f"{operator} has no rule")
     upstream = [torch.randn_like(t) if t.is_floating_point() else None for t in whole]
     proven = 0
+    values = (*(value for value in call.operands if value is not None), *call.results)
     for factor in factors.factors:
-        if factor.whole or factor.pieces is not None or not isinstance(factor.size, int) or factor.size % pieces:
+        if factor.whole or factor.pieces is not None:
             continue
-        _check_factor(operator, args, kwargs, tensors, learning, whole, upstream, factor, pieces)
-        proven += 1
+        for count in (pieces, pieces + 1):
+            if (count == pieces or factor.size % count) and is_cuttable(factor, 1, count, values):
+                _check_factor(operator, args, kwargs, tensors, learning, whole, upstream, factor, count)
+                proven += 1
     for group in factors.linear:
         _check_linear(operator, args, kwargs, tensors, whole, group)
         proven += 1
@@ -82,7 +86,7 @@ def _check_factor(
             None if u is None else _piece(u, place, index, pieces) / (pieces if factor.mean and place is None else 1)
             for u, place in zip(upstream, factor.results, strict=True)
         ]
-        local_args, local_kwargs = _with_tensors(_localized(args, factor, whole, pieces), kwargs, local)
+        local_args, local_kwargs = _with_tensors(_localized(args, factor, whole, index, pieces), kwargs, local)
         results = _results(operator(*local_args, **local_kwargs))
         parts.append(
             [r / pieces if factor.mean and p is None else r for r, p in zip(results, factor.results, strict=True)]
@@ -141,12 +145,12 @@ def _with_tensors(
     return new_args, new_kwargs
 
 
-def _localized(args: Sequence[Any], factor: Factor, whole: list[torch.Tensor], pieces: int) -> list[Any]:
+def _localized(args: Sequence[Any], factor: Factor, whole: list[torch.Tensor], index: int, pieces: int) -> list[Any]:
     """Sizes among the arguments of views, which are those of the result."""
     sizes = list(whole[0].shape)
     place = factor.results[0]
     if place is not None:
-        sizes[place.dim] //= pieces
+        sizes[place.dim] = _piece(whole[0], place, index, pieces).shape[place.dim]
     source = factor.operands[0]
     if len(whole) > 1 and place is not None and source is not None and source.outer != 1:
         return [args[0], sizes[place.dim] if args[1] == whole[0].shape[place.dim] else args[1], *args[2:]]

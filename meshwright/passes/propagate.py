@@ -21,12 +21,13 @@ from meshwright.passes.factors import Factors
 from meshwright.passes.rows import (
     Row,
     candidates,
-    divides,
     factors_by_node,
     groups_of,
+    has_pieces,
     operands,
     results,
     rows_of,
+    uneven,
 )  # fmt: skip
 from meshwright.passes.rules import Rules
 from meshwright.passes.solve import Choice, Problem, solve
@@ -178,7 +179,8 @@ class _Solver:
                     self._check_pin(node, value, *pin)
                     seeds[node] = {pin[1]} if pin[1].is_split else set()
                 elif value.grad:
-                    seeds[node] = {Type("S", d) for d, size in enumerate(value.shape) if divides(size, self.axis.size)}
+                    dims = (dim for dim, size in enumerate(value.shape) if has_pieces(size, self.axis.size))
+                    seeds[node] = {S(dim) for dim in dims}
             if node in self.carried and (node.op == "placeholder" or not self.axis.features):
                 seeds.setdefault(node, set()).add(self.carried[node])
         for node in self.function.graph.nodes:
@@ -189,10 +191,14 @@ class _Solver:
         return seeds
 
     def _check_pin(self, node: fx.Node, value: Value, pattern: str, type_: Type) -> None:
-        if type_.is_split and (type_.dim >= len(value.shape) or not _splittable(value, type_, self.axis.size)):
+        if type_.is_split and (type_.dim >= len(value.shape) or not _cuttable(value, type_, self.axis.size)):
             shape = tuple(value.shape)
-            size = shape[type_.dim] if type_.dim < len(shape) else None
-            why = f"{size} is not a multiple of {self.axis.size}" if size is not None else f"it has {len(shape)} dims"
+            size, groups = shape[type_.dim] if type_.dim < len(shape) else None, type_.groups
+            why = f"{size} has no {self.axis.size} pieces of which only the last is shorter"
+            if size is None:
+                why = f"it has {len(shape)} dims"
+            elif groups != 1:
+                why = f"{size} is not a multiple of {groups * self.axis.size}"
             raise PlanError(
                 f"cannot split '{node.target}' as {type_} over {self.axis.name}={self.axis.size}: its "
                 f"shape is {shape} and {why}\n"
@@ -241,7 +247,7 @@ class _Solver:
         if not self.axis.features:
             return [R if value.grad else I]
         whole = [I, R] if value.grad else [I]
-        split = sorted((t for t in self.found[node] if _splittable(value, t, self.axis.size)), key=str)
+        split = sorted((t for t in self.found[node] if _cuttable(value, t, self.axis.size)), key=str)
         pin = self.pins.get(str(node.target))
         if pin is not None:
             return [pin[1]] if pin[1].is_split else whole
@@ -283,8 +289,7 @@ class _Solver:
             return row, holding_time(self.prices, values[node], split, pending, self.axis.size)
         if node.op != "call_function":
             return row, 0.0
-        time = compute_time(self.prices, node, ins, outs)
-        return row, time / self.axis.size if row.split else time
+        return row, compute_time(self.prices, node, ins, outs) * row.share
 
     def _conversion(self, node: fx.Node, source: Type, target: Type) -> float | None:
         value = self.function.values[node]
@@ -292,6 +297,8 @@ class _Solver:
             return None
         if target.is_split and target not in self.found[node]:
             return None
+        if source.is_split and target.is_split and any(uneven(value, t, self.axis.size) for t in (source, target)):
+            return None  # only equal pieces are exchanged
         if value.made_of == "parameters" and value.grad:
             allowed = self.axis.features and node.op == "get_attr" and (source, target) == (I, R)
         elif value.grad:
@@ -358,7 +365,13 @@ def _alike(function: Function, source: fx.Node, type_: Type, result: fx.Node) ->
 
 
 def _splittable(value: Value, type_: Type, pieces: int) -> bool:
+    """Whether there are equal pieces."""
     size = value.shape[type_.dim]
     if not isinstance(size, int) or not isinstance(type_.groups, int):
         return True
     return size % (type_.groups * pieces) == 0
+
+
+def _cuttable(value: Value, type_: Type, pieces: int) -> bool:
+    """Whether there are pieces, equal ones where they are of groups."""
+    return _splittable(value, type_, pieces) or (type_.groups == 1 and has_pieces(value.shape[type_.dim], pieces))

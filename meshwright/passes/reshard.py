@@ -16,7 +16,7 @@ from meshwright.compiler.types import P, Type
 from meshwright.passes.cost import is_conversion
 from meshwright.passes.pieces import PIECES, Piece
 from meshwright.passes.propagate import Typing
-from meshwright.passes.rows import operands, results
+from meshwright.passes.rows import operands, results, uneven
 from meshwright.passes.solve import Choice
 from meshwright.runtime.collectives import (
     all_gather,
@@ -128,8 +128,9 @@ class _Resharder:
         return self.made.get((node, current), self.copies[node])
 
     def _convert(self, node: fx.Node, axis: str, source: Type, target: Type, user: fx.Node) -> fx.Node:
-        value = self.builder.values[node].typed(axis, target)
-        function, kwargs = conversion(source, target)
+        before = self.builder.values[node]
+        value = before.typed(axis, target)
+        function, kwargs = conversion(before, source, target, next(a.size for a in self.axes if a.name == axis))
         origin, place = self.builder.origins.get(node), self.function.origins.get(user)
         if origin is not None and place is not None and source != P:
             # What is converted for a user stands in the user's section; a sum belongs to what it completes.
@@ -201,11 +202,18 @@ def conversion_of(node: fx.Node) -> tuple[str, str] | None:
     return (str(node.args[1]), _TARGETS[node.target]) if node.target in _TARGETS else None
 
 
-def conversion(source: Type, target: Type) -> tuple[Any, dict[str, Any]]:
-    """The runtime function of a conversion and its keyword arguments beside the axis. Raises KeyError for none."""
+def conversion(value: Value, source: Type, target: Type, pieces: int) -> tuple[Any, dict[str, Any]]:
+    """The runtime function of a conversion of ``value`` on an axis of ``pieces`` ranks and its keyword arguments beside
+    the axis. Raises KeyError for none.
+    """
 
     def split(type_: Type) -> dict[str, Any]:
-        return {"dim": type_.dim} | ({"groups": type_.groups} if type_.groups != 1 else {})
+        size = uneven(value, type_, pieces)
+        return (
+            {"dim": type_.dim}
+            | ({"groups": type_.groups} if type_.groups != 1 else {})
+            | ({"size": size} if size is not None else {})
+        )
 
     if not is_conversion(source, target):
         raise KeyError(f"{source} -> {target} is no conversion")

@@ -13,6 +13,7 @@ from meshwright.compiler.graph import Function, Value, is_multiple, is_operator
 from meshwright.compiler.types import I, P, R, Size, Type
 from meshwright.passes.factors import Factor, Factors, Place, quotient
 from meshwright.passes.rules import Call, Rules, factors_of
+from meshwright.runtime.layout import largest_piece, suffices
 
 PIECE = "piece"
 """Marks nodes in ``meta`` that compute with a piece: their types hold together, not one by one."""
@@ -22,14 +23,13 @@ PIECE = "piece"
 class Row:
     """One way to run a node on an axis: the types of its operands and of its results.
 
-    split: the work of a rank is a piece. pieces: the name of the lines that compute with a piece. mean: the result is
-    the
-    mean of a piece, to be made a part of the whole mean.
+    share: the part of the work that a rank does; the largest, where pieces differ. pieces: the name of the lines that
+    compute with a piece. mean: the result is the mean of a piece, to be made a part of the whole mean.
     """
 
     operands: tuple[Type, ...]
     results: tuple[Type, ...]
-    split: bool = False
+    share: float = 1.0
     pieces: str | None = None
     mean: bool = False
 
@@ -84,6 +84,17 @@ def divides(size: Size, pieces: int) -> bool:
     return not isinstance(size, int) or size % pieces == 0
 
 
+def has_pieces(size: Size, pieces: int) -> bool:
+    """Whether a dim can be cut in pieces, the last perhaps shorter; a symbolic one can, as far as compilation knows."""
+    return not isinstance(size, int) or suffices(size, pieces)
+
+
+def uneven(value: Value, type_: Type, pieces: int) -> int | None:
+    """The size of the dim that ``type_`` cuts in pieces of different length; None where they are equal."""
+    size = value.shape[type_.dim] if type_.is_split else None
+    return size if isinstance(size, int) and size % pieces else None
+
+
 def groups_of(factor: Factor, place: Place | None, type_: Type) -> Size | None:
     """With how many groups inside ``factor`` a tensor of type ``type_`` splits it; None if it does not split it."""
     if place is None or type_.dim != place.dim:
@@ -110,13 +121,20 @@ def candidates(
         for order in (nodes, nodes[::-1]):
             for node, here in order:
                 tensors = (*operands(node), *results(function, node))
+                values = tuple(function.values[tensor] for tensor in tensors)
                 for factor in here.factors:
                     if not factor.whole:
-                        changed |= _carry(factor, tensors, found, pieces)
+                        changed |= _carry(factor, tensors, values, found, pieces)
     return found
 
 
-def _carry(factor: Factor, tensors: tuple[fx.Node, ...], found: dict[fx.Node, set[Type]], pieces: int) -> bool:
+def _carry(
+    factor: Factor,
+    tensors: tuple[fx.Node, ...],
+    values: tuple[Value, ...],
+    found: dict[fx.Node, set[Type]],
+    pieces: int,
+) -> bool:
     places = (*factor.operands, *factor.results)
     groups = {
         inside
@@ -126,7 +144,7 @@ def _carry(factor: Factor, tensors: tuple[fx.Node, ...], found: dict[fx.Node, se
     }
     changed = False
     for inside in groups:
-        if not _cuttable(factor, inside, pieces):
+        if not is_cuttable(factor, inside, pieces, values):
             continue
         for tensor, place in zip(tensors, places, strict=True):
             if place is not None and (type_ := place.split(inside)) not in found[tensor]:
@@ -135,9 +153,19 @@ def _carry(factor: Factor, tensors: tuple[fx.Node, ...], found: dict[fx.Node, se
     return changed
 
 
-def _cuttable(factor: Factor, groups: Size, pieces: int) -> bool:
+def is_cuttable(factor: Factor, groups: Size, pieces: int, values: tuple[Value, ...]) -> bool:
+    """Whether there are equal pieces; or other ones, where the factor is a dim of its own wherever it stands, so that
+    no size has to be written and no dim is cut inside of a piece of another.
+    """
     block = quotient(factor.size, groups)
-    return block is not None and divides(block, pieces)
+    if block is None or divides(block, pieces):
+        return block is not None
+    places = (*factor.operands, *factor.results)
+    alone = all(
+        place is None or value.shape[place.dim] == factor.size for place, value in zip(places, values, strict=True)
+    )
+    given = any(place is not None for place in factor.operands)
+    return groups == 1 and alone and given and not (factor.equal or factor.mean) and has_pieces(factor.size, pieces)
 
 
 def rows_of(
@@ -153,6 +181,7 @@ def rows_of(
     """
     tensors, outcomes = operands(node), results(function, node)
     values = function.values
+    every = tuple(values[n] for n in (*tensors, *outcomes))
     rows = [Row(operands=(I,) * len(tensors), results=(I,) * len(outcomes))]
     whole = [_whole(values[n]) for n in tensors]
     derived = bool(outcomes) and values[outcomes[0]].made_of == "parameters" and values[outcomes[0]].grad
@@ -171,8 +200,9 @@ def rows_of(
             inside
             for tensor, place in zip((*tensors, *outcomes), places, strict=True)
             for type_ in found[tensor]
-            if (inside := groups_of(factor, place, type_)) is not None and _cuttable(factor, inside, pieces)
+            if (inside := groups_of(factor, place, type_)) is not None and is_cuttable(factor, inside, pieces, every)
         }
+        share = largest_piece(factor.size, pieces) / factor.size if isinstance(factor.size, int) else 1 / pieces
         for inside in sorted(groups, key=str):
             reduced = I if factor.invariant else P
             rows.append(
@@ -181,7 +211,7 @@ def rows_of(
                         whole[i] if place is None else place.split(inside) for i, place in enumerate(factor.operands)
                     ),
                     results=tuple(reduced if place is None else place.split(inside) for place in factor.results),
-                    split=True,
+                    share=share,
                     pieces=factor.pieces,
                     mean=factor.mean,
                 )

@@ -46,7 +46,9 @@ def _check(function: Function, sizes: dict[str, int], rules: Rules, where: str) 
         if converted is not None:
             axis, _ = converted
             before, after = _of(function, node.args[0], axis), _of(function, node, axis)
-            if not is_conversion(before, after) or (node.target, node.kwargs) != conversion(before, after):
+            value, size = values[node], sizes.get(axis, 1)
+            made = conversion(value, before, after, size) if is_conversion(before, after) else None
+            if (node.target, node.kwargs) != made:
                 raise InternalError(f"{where}: {node.format_node()} converts {before} to {after} on {axis}")
             continue
         outs = results(function, node)

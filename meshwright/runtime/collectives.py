@@ -2,6 +2,9 @@
 
 The axis is looked up in the mesh of the program that runs; on an axis of one rank, or one that the mesh does not have,
 every conversion is the identity. Tensors of integers are converted in the same way, without a backward.
+
+Pieces are equally long unless ``size`` gives the length of the whole dim: then the last piece may be shorter, and is
+filled up with zeros on the way.
 """
 
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 from meshwright.runtime.errors import PlanError
 from meshwright.runtime.groups import current
@@ -51,15 +55,23 @@ def _sum(axis: str) -> Convert:
     return run
 
 
-def _gather(axis: str, dim: int, groups: int) -> Convert:
+def _gather(axis: str, dim: int, groups: int, size: int | None) -> Convert:
     group, pieces = current().group([axis]), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
+        if size is not None:
+            x = _lengthened(x, dim, -(-size // pieces))
         parts = x.new_empty((pieces, *x.shape))
         begin_all_gather(parts.view(-1), x.contiguous().view(-1), group)()
-        return _joined(parts, dim, groups)
+        whole = _joined(parts, dim, groups)
+        return whole if size is None else whole.narrow(dim, 0, size)
 
     return run
+
+
+def _lengthened(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """``x`` with zeros behind it along ``dim``."""
+    return F.pad(x, (*(0, 0) * (x.ndim - 1 - dim), 0, length - x.shape[dim]))
 
 
 def _joined(parts: torch.Tensor, dim: int, groups: int) -> torch.Tensor:
@@ -68,33 +80,46 @@ def _joined(parts: torch.Tensor, dim: int, groups: int) -> torch.Tensor:
     return blocks.movedim(0, dim + 1).flatten(dim, dim + 2)
 
 
-def _cut(axis: str, dim: int, groups: int) -> Convert:
+def _cut(axis: str, dim: int, groups: int, size: int | None) -> Convert:
     index, pieces = current().index(axis), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
+        if size is not None:
+            start, stop = shard_bounds(size, index, pieces)
+            return x.narrow(dim, start, stop - start).contiguous()
         blocks: torch.Tensor = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
         return blocks.select(dim + 1, index).flatten(dim, dim + 1).contiguous()
 
     return run
 
 
-def _scatter(axis: str, dim: int, groups: int) -> Convert:
-    group, pieces = current().group([axis]), current().size(axis)
+def _scatter(axis: str, dim: int, groups: int, size: int | None) -> Convert:
+    index, group, pieces = current().index(axis), current().group([axis]), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
+        if size is not None:
+            x = _lengthened(x, dim, -(-size // pieces) * pieces)
         blocks: torch.Tensor = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
         parts = blocks.movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
         out = torch.empty_like(parts[0])
         begin_reduce_scatter(out.view(-1), parts.view(-1), group)()
+        if size is not None:
+            start, stop = shard_bounds(size, index, pieces)
+            return out.narrow(dim, 0, stop - start)
         return out
 
     return run
 
 
-def _place(axis: str, dim: int, groups: int) -> Convert:
+def _place(axis: str, dim: int, groups: int, size: int | None) -> Convert:
     index, pieces = current().index(axis), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
+        if size is not None:
+            start, stop = shard_bounds(size, index, pieces)
+            whole = x.new_zeros((*x.shape[:dim], size, *x.shape[dim + 1 :]))
+            whole.narrow(dim, start, stop - start).copy_(x)
+            return whole
         blocks = x.unflatten(dim, (groups, x.shape[dim] // groups))
         whole = x.new_zeros((*blocks.shape[: dim + 1], pieces, *blocks.shape[dim + 1 :]))
         whole.select(dim + 1, index).copy_(blocks)
@@ -132,47 +157,54 @@ def all_reduce(x: torch.Tensor, axis: str) -> torch.Tensor:
     return _convert(x, _sum(axis), None)
 
 
-def all_gather(x: torch.Tensor, axis: str, *, dim: int, to: str, groups: int = 1) -> torch.Tensor:
+def all_gather(
+    x: torch.Tensor, axis: str, *, dim: int, to: str, groups: int = 1, size: int | None = None
+) -> torch.Tensor:
     """S(dim/groups) -> ``to``: the pieces side by side along ``dim``.
 
     The backward reduce_scatters the gradient for ``to="R"`` and slices it for ``to="I"``. Raises PlanError for a
-    dim that is not a multiple of ``groups``.
+    dim that is not a multiple of ``groups``, or not this rank's piece of ``size``.
     """
     if current().size(axis) == 1:
         return x
     dim = dim % x.ndim
-    if x.shape[dim] % groups:
-        raise PlanError(f"dim {dim} of {tuple(x.shape)} is not {groups} equal groups")
+    start, stop = shard_range(size, axis) if size is not None else (0, x.shape[dim])
+    if x.shape[dim] % groups or x.shape[dim] != stop - start:
+        wanted = f"{groups} equal groups" if size is None else f"this rank's {stop - start} of {size}"
+        raise PlanError(f"dim {dim} of {tuple(x.shape)} is not {wanted}")
     back = {"R": _scatter, "I": _cut}[to]
-    return _convert(x, _gather(axis, dim, groups), back(axis, dim, groups))
+    return _convert(x, _gather(axis, dim, groups, size), back(axis, dim, groups, size))
 
 
-def reduce_scatter(x: torch.Tensor, axis: str, *, dim: int, groups: int = 1) -> torch.Tensor:
-    """P -> S(dim/groups): a piece of the sum; the backward all_gathers. Raises PlanError for uneven pieces."""
-    if current().size(axis) == 1:
-        return x
-    dim = _checked(x, axis, dim, groups)
-    return _convert(x, _scatter(axis, dim, groups), _gather(axis, dim, groups))
+def reduce_scatter(x: torch.Tensor, axis: str, *, dim: int, groups: int = 1, size: int | None = None) -> torch.Tensor:
+    """P -> S(dim/groups): a piece of the sum; the backward all_gathers.
 
-
-def shard(x: torch.Tensor, axis: str, *, dim: int, of: str, groups: int = 1) -> torch.Tensor:
-    """``of`` -> S(dim/groups): this rank's piece.
-
-    The backward all_gathers the gradient for ``of="I"`` and sets it among zeros for ``of="R"``. Raises PlanError for
-    uneven pieces.
+    Raises PlanError for a dim without such pieces.
     """
     if current().size(axis) == 1:
         return x
-    dim = _checked(x, axis, dim, groups)
+    dim = _checked(x, axis, dim, groups, size)
+    return _convert(x, _scatter(axis, dim, groups, size), _gather(axis, dim, groups, size))
+
+
+def shard(x: torch.Tensor, axis: str, *, dim: int, of: str, groups: int = 1, size: int | None = None) -> torch.Tensor:
+    """``of`` -> S(dim/groups): this rank's piece.
+
+    The backward all_gathers the gradient for ``of="I"`` and sets it among zeros for ``of="R"``. Raises PlanError for a
+    dim without such pieces.
+    """
+    if current().size(axis) == 1:
+        return x
+    dim = _checked(x, axis, dim, groups, size)
     back = {"I": _gather, "R": _place}[of]
-    return _convert(x, _cut(axis, dim, groups), back(axis, dim, groups))
+    return _convert(x, _cut(axis, dim, groups, size), back(axis, dim, groups, size))
 
 
 def all_to_all(x: torch.Tensor, axis: str, *, split_dim: int, concat_dim: int) -> torch.Tensor:
     """S(concat_dim) -> S(split_dim); the backward exchanges back. Raises PlanError for uneven pieces."""
     if current().size(axis) == 1:
         return x
-    split_dim, concat_dim = _checked(x, axis, split_dim, 1), concat_dim % x.ndim
+    split_dim, concat_dim = _checked(x, axis, split_dim, 1, None), concat_dim % x.ndim
     return _convert(x, _exchange(axis, split_dim, concat_dim), _exchange(axis, concat_dim, split_dim))
 
 
@@ -189,12 +221,14 @@ def part_of_mean(x: torch.Tensor, *axes: str) -> torch.Tensor:
     return x / pieces
 
 
-def _checked(x: torch.Tensor, axis: str, dim: int, groups: int) -> int:
-    """``dim`` counted from the front. Raises PlanError where it is not ``groups`` times equal pieces."""
-    pieces, size = current().size(axis), x.shape[dim]
-    if size % (groups * pieces):
+def _checked(x: torch.Tensor, axis: str, dim: int, groups: int, size: int | None) -> int:
+    """``dim`` from the front. Raises PlanError where it is not ``groups`` times equal pieces, or not ``size`` long."""
+    pieces, found = current().size(axis), x.shape[dim]
+    if size is None and found % (groups * pieces):
         raise PlanError(
             f"cannot cut dim {dim % x.ndim} of {tuple(x.shape)} in {pieces} equal pieces over {axis}\n"
             f"  use a size that is a multiple of {groups * pieces}"
         )
+    if size is not None and found != size:
+        raise PlanError(f"dim {dim % x.ndim} of {tuple(x.shape)} is to be cut over {axis} as if it were {size} long")
     return dim % x.ndim

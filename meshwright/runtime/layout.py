@@ -33,9 +33,19 @@ def _one(text: str, whole: str) -> str | Split:
     return match[1] or Split(int(match[2]), int(match[3]) if match[3] and match[3].isdigit() else 1)
 
 
+def largest_piece(length: int, pieces: int) -> int:
+    """How long all of ``pieces`` are but the last, which may be shorter."""
+    return -(-length // pieces)
+
+
+def suffices(length: int, pieces: int) -> bool:
+    """Whether the last of ``pieces`` gets something too."""
+    return largest_piece(length, pieces) * (pieces - 1) < length
+
+
 def shard_bounds(length: int, index: int, pieces: int) -> tuple[int, int]:
     """Start and stop of piece ``index`` of ``length`` cut in ``pieces``; the last may be shorter."""
-    size = -(-length // pieces)
+    size = largest_piece(length, pieces)
     return min(index * size, length), min((index + 1) * size, length)
 
 

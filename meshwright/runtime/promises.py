@@ -9,7 +9,7 @@ import torch
 
 from meshwright.runtime.actions import parse as parse_schedule
 from meshwright.runtime.errors import BundleError
-from meshwright.runtime.layout import Split, parse
+from meshwright.runtime.layout import Split, largest_piece, parse, suffices
 
 KEYS = ("mesh", "plan", "inputs", "loss", "stages", "buffers", "parameters")
 
@@ -117,7 +117,7 @@ def _check_sites(manifest: Mapping[str, Any]) -> None:
 
 
 def _check_parameter(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> None:
-    """Every piece is equally large; segments are parts of the whole and do not overlap."""
+    """Every rank has a piece, equally large ones of groups; segments are parts of the whole and do not overlap."""
     shape = entry["shape"]
     segments = sorted(entry.get("segments", ()), key=lambda part: (part["dim"], part["start"]))
     for part, following in itertools.pairwise([*segments, None]):
@@ -131,8 +131,9 @@ def _check_parameter(manifest: Mapping[str, Any], name: str, entry: Mapping[str,
         for axis, text in {**entry["types"], **(part["types"] if part else {})}.items():
             use, pieces = parse(text)[1], manifest["mesh"].get(axis, 1)
             if isinstance(use, Split):
-                if lengths[use.dim] % (use.groups * pieces):
+                length = lengths[use.dim]
+                if length % (use.groups * pieces) and (use.groups > 1 or not suffices(length, pieces)):
                     raise BundleError(
                         f"{name!r}: cannot cut dim {use.dim} of {lengths} by {text!r} over {axis}={pieces}"
                     )
-                lengths[use.dim] //= pieces
+                lengths[use.dim] = largest_piece(length, pieces)

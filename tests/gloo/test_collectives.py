@@ -24,7 +24,7 @@ from tests.gloo.pool import Pool
 
 pytestmark = pytest.mark.gloo
 
-SHAPE = (6, 12)
+SHAPE = (6, 12, 7)
 GRADIENT = {"R": "P", "I": "I", "P": "R"}
 """Type of a value -> type of its gradient; S(d) -> S(d)."""
 
@@ -33,19 +33,24 @@ ROWS: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "P -> I": ("P", "I", lambda x: all_reduce(x, "tp")),
     "P -> R": ("P", "R", lambda x: invariant_to_replicated(all_reduce(x, "tp"), "tp")),
     "S(0) -> R": ("S(0)", "R", lambda x: all_gather(x, "tp", dim=0, to="R")),
-    "S(1) -> R": ("S(1)", "R", lambda x: all_gather(x, "tp", dim=-1, to="R")),
+    "S(1) -> R": ("S(1)", "R", lambda x: all_gather(x, "tp", dim=-2, to="R")),
     "S(1/2) -> R": ("S(1/2)", "R", lambda x: all_gather(x, "tp", dim=1, to="R", groups=2)),
     "S(0) -> I": ("S(0)", "I", lambda x: all_gather(x, "tp", dim=0, to="I")),
     "S(1/2) -> I": ("S(1/2)", "I", lambda x: all_gather(x, "tp", dim=1, to="I", groups=2)),
     "I -> S(1)": ("I", "S(1)", lambda x: shard(x, "tp", dim=1, of="I")),
-    "I -> S(1/2)": ("I", "S(1/2)", lambda x: shard(x, "tp", dim=-1, of="I", groups=2)),
+    "I -> S(1/2)": ("I", "S(1/2)", lambda x: shard(x, "tp", dim=-2, of="I", groups=2)),
     "R -> S(0)": ("R", "S(0)", lambda x: shard(x, "tp", dim=0, of="R")),
     "R -> S(1/2)": ("R", "S(1/2)", lambda x: shard(x, "tp", dim=1, of="R", groups=2)),
     "P -> S(0)": ("P", "S(0)", lambda x: reduce_scatter(x, "tp", dim=0)),
-    "P -> S(1)": ("P", "S(1)", lambda x: reduce_scatter(x, "tp", dim=-1)),
+    "P -> S(1)": ("P", "S(1)", lambda x: reduce_scatter(x, "tp", dim=-2)),
     "P -> S(1/2)": ("P", "S(1/2)", lambda x: reduce_scatter(x, "tp", dim=1, groups=2)),
+    "S(2) -> R, uneven": ("S(2)", "R", lambda x: all_gather(x, "tp", dim=2, to="R", size=7)),
+    "S(2) -> I, uneven": ("S(2)", "I", lambda x: all_gather(x, "tp", dim=-1, to="I", size=7)),
+    "I -> S(2), uneven": ("I", "S(2)", lambda x: shard(x, "tp", dim=-1, of="I", size=7)),
+    "R -> S(2), uneven": ("R", "S(2)", lambda x: shard(x, "tp", dim=2, of="R", size=7)),
+    "P -> S(2), uneven": ("P", "S(2)", lambda x: reduce_scatter(x, "tp", dim=2, size=7)),
     "S(0) -> S(1)": ("S(0)", "S(1)", lambda x: all_to_all(x, "tp", split_dim=1, concat_dim=0)),
-    "S(1) -> S(0)": ("S(1)", "S(0)", lambda x: all_to_all(x, "tp", split_dim=0, concat_dim=-1)),
+    "S(1) -> S(0)": ("S(1)", "S(0)", lambda x: all_to_all(x, "tp", split_dim=0, concat_dim=-2)),
 }
 
 
@@ -115,10 +120,14 @@ def convert_integers(ranks: int) -> Any:
             all_reduce(mask, "tp")
         with pytest.raises(PlanError) as error:
             shard(torch.arange(2 * ranks + 1), "tp", dim=0, of="I")
+        with pytest.raises(PlanError, match=r"^dim 0 of \(5,\) is to be cut over tp as if it were 7 long$"):
+            shard(torch.arange(5), "tp", dim=0, of="I", size=7)
+        with pytest.raises(PlanError, match=r"^dim 0 of \(5,\) is not this rank's \d of 7$"):
+            all_gather(torch.arange(5), "tp", dim=0, to="I", size=7)
         return str(error.value), shard_range(7, "tp"), part_of_mean(torch.tensor(6.0), "tp", "mb").item()
 
 
-def test_integers_pass_and_uneven_pieces_do_not(pool: Pool) -> None:
+def test_integers_pass_and_uneven_pieces_do_not_unless_told(pool: Pool) -> None:
     results = pool.run("tests.gloo.test_collectives:convert_integers", (2,), ranks=2)
     message = "cannot cut dim 0 of (5,) in 2 equal pieces over tp\n  use a size that is a multiple of 2"
     assert results == [(message, (0, 4), 3.0), (message, (4, 7), 3.0)]

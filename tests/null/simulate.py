@@ -19,6 +19,7 @@ from meshwright.compiler.blocks import Blocks
 from meshwright.compiler.graph import Capture, Function, Value
 from meshwright.compiler.types import Type
 from meshwright.runtime import collectives as real
+from meshwright.runtime.layout import shard_bounds
 
 aten = torch.ops.aten
 Coordinates = Mapping[str, int]
@@ -98,7 +99,8 @@ class Rank:
         shape = [self.size(s) for s in value.shape]
         for axis, type_ in value.types.items():
             if type_.is_split:
-                shape[type_.dim] //= self.world.sizes[axis]
+                start, stop = shard_bounds(shape[type_.dim], self.at[axis], self.world.sizes[axis])
+                shape[type_.dim] = stop - start
         return tuple(shape)
 
     def run(self, function: Function, inputs: Mapping[str, torch.Tensor], prefix: str = "") -> tuple[torch.Tensor, ...]:
@@ -177,14 +179,19 @@ class Rank:
     def all_reduce(self, x: torch.Tensor, axis: str) -> Any:
         return _Convert.apply(x, self._sum(axis), self._same) if x.requires_grad else self._sum(axis)(x)  # type: ignore[no-untyped-call]
 
-    def all_gather(self, x: torch.Tensor, axis: str, *, dim: int, to: str, groups: int = 1) -> Any:
+    def all_gather(
+        self, x: torch.Tensor, axis: str, *, dim: int, to: str, groups: int = 1, size: int | None = None
+    ) -> Any:
+        assert size is None or x.shape[dim] == len(range(*self.shard_range(size, axis)))
         back = self._scatter(axis, dim, groups) if to == "R" else self._cut(axis, dim, groups)
         return _Convert.apply(x, self._gather(axis, dim, groups), back)  # type: ignore[no-untyped-call]
 
-    def reduce_scatter(self, x: torch.Tensor, axis: str, *, dim: int, groups: int = 1) -> Any:
+    def reduce_scatter(self, x: torch.Tensor, axis: str, *, dim: int, groups: int = 1, size: int | None = None) -> Any:
+        self._check(x, axis, dim, groups, size)
         return _Convert.apply(x, self._scatter(axis, dim, groups), self._gather(axis, dim, groups))  # type: ignore[no-untyped-call]
 
-    def shard(self, x: torch.Tensor, axis: str, *, dim: int, of: str, groups: int = 1) -> Any:
+    def shard(self, x: torch.Tensor, axis: str, *, dim: int, of: str, groups: int = 1, size: int | None = None) -> Any:
+        self._check(x, axis, dim, groups, size)
         if not x.requires_grad or of == "R":
             return self._cut(axis, dim, groups)(x)
         return _Convert.apply(x, self._cut(axis, dim, groups), self._gather(axis, dim, groups))  # type: ignore[no-untyped-call]
@@ -195,9 +202,12 @@ class Rank:
 
         return _Convert.apply(x, move(split_dim, concat_dim), move(concat_dim, split_dim))  # type: ignore[no-untyped-call]
 
+    def _check(self, x: torch.Tensor, axis: str, dim: int, groups: int, size: int | None) -> None:
+        """Only pieces that differ are told the size of the whole."""
+        assert size == (x.shape[dim] if x.shape[dim] % (groups * self.world.sizes[axis]) else None)
+
     def shard_range(self, length: int, axis: str) -> tuple[int, int]:
-        piece = length // self.world.sizes[axis]
-        return piece * self.at[axis], piece * (self.at[axis] + 1)
+        return shard_bounds(length, self.at[axis], self.world.sizes[axis])
 
     def part_of_mean(self, x: torch.Tensor, *axes: str) -> torch.Tensor:
         return x / math.prod(self.world.sizes[a] for a in axes)

@@ -124,32 +124,28 @@ def test_contradicting_pins_are_both_named() -> None:
     )
 
 
-def test_a_pin_that_does_not_divide_is_an_error() -> None:
+def test_a_pin_that_leaves_a_rank_without_a_piece_is_an_error() -> None:
     with pytest.raises(PlanError) as error:
         compile_parallel(
-            models.MLP(width=6), Mesh(tp=4), example_inputs={"features": torch.randn(8, 6), "targets": torch.randn(8)},
+            models.MLP(width=5), Mesh(tp=4), example_inputs={"features": torch.randn(8, 5), "targets": torch.randn(8)},
             plan=Plan(pins={"head.weight": {"tp": "S(1)"}}),
         )  # fmt: skip
     assert str(error.value) == (
-        "cannot split 'head.weight' as S(1) over tp=4: its shape is (1, 6) and 6 is not a multiple of 4\n"
+        "cannot split 'head.weight' as S(1) over tp=4: its shape is (1, 5) and 5 has no 4 pieces of "
+        "which only the last is shorter\n"
         "  asked for by the pin 'head.weight'\n"
         '  pin it whole, {"head.weight": {"tp": "I"}}, or leave the choice to the compiler'
     )
 
 
-def test_what_does_not_divide_is_split_otherwise() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Linear(8, 7)
-            self.down = nn.Linear(7, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (x + self.down(torch.relu(self.up(x)))).pow(2).mean()  # type: ignore[no-any-return]
-
-    lowered = compile_parallel(Odd(), Mesh(tp=2), example_inputs=(torch.randn(4, 8),)).lowered
-    assert all(held in ("I", "I -> R", "S(0)", "S(1)") for held in _types(lowered).values())
-    assert _types(lowered)["up.weight"] != "S(0)", "7 rows do not split over 2"
+def test_a_pin_of_groups_that_does_not_divide_is_an_error() -> None:
+    with pytest.raises(
+        PlanError, match=r"^cannot split 'head.weight' as S\(1/2\) over tp=4: its shape is \(1, 6\) and 6 is not a"
+    ):
+        compile_parallel(
+            models.MLP(width=6), Mesh(tp=4), example_inputs={"features": torch.randn(8, 6), "targets": torch.randn(8)},
+            plan=Plan(pins={"head.weight": {"tp": "S(1/2)"}}),
+        )  # fmt: skip
 
 
 class Median(nn.Module):

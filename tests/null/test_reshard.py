@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from meshwright import Plan
 from meshwright.compiler.errors import InternalError
-from meshwright.compiler.graph import Function
+from meshwright.compiler.graph import Function, Value
 from meshwright.compiler.text import function_text
 from meshwright.compiler.types import I, P, R, S, Type
 from meshwright.passes.cost import COLLECTIVES
@@ -192,6 +192,9 @@ def test_a_mean_of_a_piece_is_divided_before_it_is_read() -> None:
     )
 
 
+VALUE = Value(shape=(12, 12, 12, 7), dtype=torch.float32, grad=True, made_of="data")
+
+
 @pytest.mark.parametrize(
     ("source", "target", "expected"),
     [
@@ -203,11 +206,14 @@ def test_a_mean_of_a_piece_is_divided_before_it_is_read() -> None:
         (R, S(0, 2), "shard {'dim': 0, 'groups': 2, 'of': 'R'}"),
         (P, S(2), "reduce_scatter {'dim': 2}"),
         (S(0), S(1), "all_to_all {'split_dim': 1, 'concat_dim': 0}"),
+        (S(3), I, "all_gather {'dim': 3, 'size': 7, 'to': 'I'}"),
+        (I, S(3), "shard {'dim': 3, 'size': 7, 'of': 'I'}"),
+        (P, S(3), "reduce_scatter {'dim': 3, 'size': 7}"),
     ],
     ids=str,
 )
 def test_each_conversion_has_its_collective(source: Type, target: Type, expected: str) -> None:
-    function, options = conversion(source, target)
+    function, options = conversion(VALUE, source, target, 2)
     assert f"{function.__name__} {options}" == expected
     assert (source.kind, target.kind) in COLLECTIVES
 
@@ -215,7 +221,7 @@ def test_each_conversion_has_its_collective(source: Type, target: Type, expected
 def test_every_conversion_with_a_price_has_a_collective() -> None:
     types = {"I": I, "R": R, "P": P, "S": S(0)}
     for source, target in COLLECTIVES:
-        conversion(types[source], S(1) if source == target == "S" else types[target])
+        conversion(VALUE, types[source], S(1) if source == target == "S" else types[target], 2)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +231,7 @@ def test_no_other_conversion_exists(source: Type, target: Type) -> None:
     with pytest.raises(
         KeyError, match=f"{source} -> {target} is no conversion".replace("(", r"\(").replace(")", r"\)")
     ):
-        conversion(source, target)
+        conversion(VALUE, source, target, 2)
 
 
 def test_a_conversion_that_does_not_do_what_its_types_say_is_found() -> None:

@@ -3,6 +3,8 @@
 Pointwise operators need no line: torch tags them. An operator without a rule runs whole.
 """
 
+from dataclasses import replace
+
 from meshwright.passes.factors import Factors, Rule, instantiate
 from meshwright.passes.rules.call import Call, RuleFunction, Rules
 from meshwright.passes.rules.indexing import INDEXING
@@ -15,18 +17,29 @@ from meshwright.runtime import random
 
 __all__ = ["DEFAULT_RULES", "RANDOM_RULES", "Call", "RuleFunction", "Rules", "factors_of", "is_pointwise"]
 
+
+def _drawn(rule: RuleFunction) -> RuleFunction:
+    """Every piece is drawn by its place, which equal pieces tell by their lengths."""
+
+    def drawn(call: Call) -> Factors:
+        factors = rule(call)
+        return replace(factors, factors=tuple(replace(factor, equal=True) for factor in factors.factors))
+
+    return drawn
+
+
 RANDOM_RULES: Rules = {
-    random.dropout: pointwise,
-    random.feature_dropout: pointwise,
-    random.alpha_dropout: pointwise,
-    random.feature_alpha_dropout: pointwise,
-    random.attention_with_dropout: attention,
-    random.rand_like: pointwise,
-    random.randn_like: pointwise,
+    random.dropout: _drawn(pointwise),
+    random.feature_dropout: _drawn(pointwise),
+    random.alpha_dropout: _drawn(pointwise),
+    random.feature_alpha_dropout: _drawn(pointwise),
+    random.attention_with_dropout: _drawn(attention),
+    random.rand_like: _drawn(pointwise),
+    random.randn_like: _drawn(pointwise),
     random.rand: constant,
     random.randn: constant,
 }
-"""Random operators: every piece is drawn by its place."""
+"""Random operators."""
 
 DEFAULT_RULES: Rules = {**POINTWISE, **LAYERS, **INDEXING, **LOSSES, **REDUCTIONS, **VIEWS, **RANDOM_RULES}
 
