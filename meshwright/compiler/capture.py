@@ -2,8 +2,11 @@
 
 import copy
 import inspect
+import io
+import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, Literal
 
 import sympy
@@ -14,7 +17,7 @@ from torch.export.graph_signature import InputKind
 
 from meshwright.compiler.decompose import Known
 from meshwright.compiler.errors import PlanError, UnsupportedError
-from meshwright.compiler.frames import keep_all_frames
+from meshwright.compiler.frames import keep_all_frames, raised_at
 from meshwright.compiler.graph import Buffer, Capture, Input, Parameter, Segment, Site
 from meshwright.compiler.initial import initial_values
 from meshwright.compiler.normalize import normalize
@@ -181,7 +184,7 @@ def _export(
             for leaf in leaves
         )
         try:
-            with keep_all_frames():
+            with keep_all_frames(), _quietly():
                 exported = export(
                     step,
                     leaves,
@@ -200,6 +203,20 @@ def _export(
             fixed.append(f"{dropped} = {sizes[dropped]}: {reason}")
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Drop what torch prints of a graph that it cannot capture: the error says it."""
+    logger, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        logger.setLevel(before)
+
+
 _SIZE_ERRORS = ("Constraints violated", "ConstraintViolation", "not all values of", "was inferred to be a constant",
                 "specializ", "Could not guard on data-dependent expression Eq(")  # fmt: skip
 
@@ -216,8 +233,9 @@ def _reason(error: Exception) -> str:
 def _refusal(error: Exception, reason: str, names: Mapping[str, int]) -> Exception:
     kind = type(error).__name__
     if "DataDependent" in kind or "data-dependent" in str(error).lower():
+        place = raised_at(error)
         return UnsupportedError(
-            f"the model's control flow depends on its data: {reason}\n"
+            f"the model's control flow depends on its data{f' at {place}' if place else ''}: {reason}\n"
             "  a captured program takes the same way for every batch: use torch.where, or torch.cond, instead"
         )
     if isinstance(error, (TypeError, ValueError, RuntimeError, KeyError, AttributeError)):

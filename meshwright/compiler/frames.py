@@ -43,6 +43,12 @@ _DISPATCH = ("__torch_function__", "__torch_dispatch__")
 _COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 
 
+def raised_at(error: BaseException) -> str:
+    """``model.py:28 in forward``: the innermost of the user's lines that raised ``error``, or nothing."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN) and f.lineno]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+
+
 @contextmanager
 def keep_all_frames() -> Iterator[None]:
     """Enter this around ``torch.export.export(..., strict=False)``; afterwards ``frames`` knows helpers and columns.

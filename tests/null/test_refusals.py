@@ -86,9 +86,12 @@ class DataDependent(nn.Module):
         return y if y > 0 else -y  # type: ignore[no-any-return]
 
 
-def test_data_dependent_control_flow() -> None:
-    with pytest.raises(UnsupportedError, match="^the model's control flow depends on its data"):
+def test_data_dependent_control_flow(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"^the model's control flow depends on its data at test_refusals.py:\d+ in forward: "
+    ):
         compile_parallel(DataDependent(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))
+    assert capfd.readouterr().err == "", "torch prints the graph"
 
 
 class BatchMean(nn.Module):
