@@ -14,7 +14,7 @@ from tests.gloo.pool import Pool
 
 MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "tp2": ({"tp": 2}, {}),
-    "pp4": ({"pp": 4}, {"microbatches": 4}),
+    "pp4": ({"pp": 4}, {"microbatches": 8}),  # one sample each
     "dp2": ({"dp": 2}, {"zero": 2}),
     "3D": ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 3, "microbatches": 2}),
 }
