@@ -199,6 +199,16 @@ class Composite(Model):
         return near + F.nll_loss(logarithms, labels) + product.pow(2).mean() + (every * every).mean()  # type: ignore[no-any-return]
 
 
+class Divisors(Model):
+    """Means of the inputs alone, and sizes of the batch, as divisors."""
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.hidden(tokens)).flatten(0, 1)
+        valid = labels != -100
+        every = F.cross_entropy(logits, labels.flatten(), reduction="none")
+        return every.sum() / valid.to(logits.dtype).mean() / tokens.numel() + logits.tanh().sum() / tokens.shape[0]
+
+
 class Complex(nn.Module):
     """A Fourier transform and complex products."""
 
@@ -242,6 +252,7 @@ HARD: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "contrastive": (Contrastive, _vectors),
     "composite": (Composite, _tokens),
     "complex": (Complex, _vectors),
+    "divisors": (Divisors, _tokens),
 }
 """Name -> how to build the model and the batch."""
 

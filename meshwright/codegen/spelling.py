@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.nn import functional as F
 
@@ -65,7 +66,7 @@ def plain(value: Any) -> str:
 
 def infix(symbol: str, strength: int, commutes: bool = True) -> Spelling:
     def write(use: Use) -> Text:
-        left, right = (a if isinstance(a, Text) else Text(plain(a)) for a in use.args[:2])
+        left, right = (_operand(a) for a in use.args[:2])
         if use.kwargs.get("alpha", 1) != 1:
             return Text(
                 f"torch.{use.target._schema.name.split('::')[1]}({left.code}, {right.code}, "
@@ -74,6 +75,14 @@ def infix(symbol: str, strength: int, commutes: bool = True) -> Spelling:
         return Text(f"{left.at(strength)} {symbol} {right.at(strength if commutes else strength + 1)}", strength)
 
     return write
+
+
+def _operand(value: Any) -> Text:
+    """Data beside an operator: a size that is itself computed (``2*B``, ``T + 1``) binds no more strongly than ``+``."""
+    if isinstance(value, Text):
+        return value
+    code = plain(value)
+    return Text(code, 12) if isinstance(value, sympy.Expr) and not code.isalnum() else Text(code)
 
 
 def function(name: str, *keywords: str) -> Spelling:

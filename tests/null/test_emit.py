@@ -12,6 +12,7 @@ from torch import nn
 from meshwright import BundleError, Mesh, Plan, compile_parallel
 from meshwright.codegen.bundle import verify_bundle
 from tests import models
+from tests.null.passes import Model, parameter
 
 
 def _emit(model: nn.Module, name: str, mesh: Mesh, directory: Path, **plan: object) -> Path:
@@ -90,6 +91,13 @@ def test_text_from_the_model_is_data(tmp_path: Path) -> None:
         n for n, _ in Nasty().named_parameters()
     }
     assert not any(line.strip().startswith("line {i}") for line in source.splitlines())
+
+
+def test_a_size_that_is_computed_stands_in_parentheses(tmp_path: Path) -> None:
+    model = Model(lambda self, x: (x * self.w).sum() / x.numel() - x.sum() / (x.shape[0] + 1), w=parameter(3))
+    program = compile_parallel(model, Mesh(dp=2), example_inputs={"x": torch.randn(4, 3)})
+    text = (program.emit(tmp_path / "bundle") / "stages/stage_0.py").read_text()
+    assert "/ (6*B) - " in text and "/ (2*B + 1)" in text
 
 
 def test_verify_finds_what_was_changed(tmp_path: Path) -> None:
