@@ -14,6 +14,7 @@ from meshwright.codegen.views import ClassView, StageView
 from meshwright.codegen.wording import identifier, paths_text, ranks_text, unused, wrapped
 from meshwright.codegen.writing import Body, write
 from meshwright.compiler.graph import Block, Function
+from meshwright.compiler.mesh import MICROBATCH_AXIS
 from meshwright.compiler.program import Lowered, Stage
 
 OWN_NAMES = ("training", "forward", "prepare")
@@ -74,7 +75,10 @@ class _StageWriter:
         self.bodies.append(body)
         prepare: Body | None = None
         if stage.prepare is not None:
-            prepare = self._body(stage.prepare, {n: str(n.target) for n in stage.prepare.inputs()}, attributes)
+            given = {n: str(n.target) for n in stage.prepare.inputs()}
+            at_once = {axis: size for axis, size in self.axes.items() if axis != MICROBATCH_AXIS}
+            prepare = write(stage.prepare, given, attributes, at_once)
+            self.bodies.append(prepare)
         return ClassView(
             name="Stage",
             docstring=wrapped(self._contents(), DOCSTRING, "    "),

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from meshwright.compiler.types import Held, I, R, S, Type
 from meshwright.passes.drawn import drawn
 from meshwright.passes.partition import Partition
 from meshwright.passes.schedule import PEAKS, schedule
-from meshwright.runtime.collectives import all_reduce
+from meshwright.runtime.collectives import all_reduce, part_of_mean
 
 aten = torch.ops.aten
 
@@ -147,15 +148,27 @@ class _Cutter:
                 return
             for used in node.all_input_nodes:
                 visit(used)
-            if node.target is all_reduce and node.args[1] == MICROBATCH_AXIS:
-                copies[node] = copies[node.all_input_nodes[0]]  # the whole batch at once: nothing to add up
-            else:
-                copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+            if node.target in (all_reduce, part_of_mean):  # all microbatches at once: nothing to add up, no part
+                first, *axes = copies[node].args
+                kept = [axis for axis in axes if axis != MICROBATCH_AXIS]
+                if kept:
+                    copies[node].args = (first, *kept)
+                else:
+                    graph.erase_node(copies[node])
+                    copies[node] = first
 
         for node in self.prepared:
             visit(node)
         graph.output(tuple(copies[node] for node in self.prepared))
-        return _tables(self.main, graph, copies)
+        tables = _tables(self.main, graph, copies)
+        values = {node: _at_once(value) for node, value in tables.values.items()}
+        return Function(graph=graph, values=values, origins=tables.origins)
+
+
+def _at_once(value: Value) -> Value:
+    """A value of all microbatches together."""
+    return replace(value, types={axis: t for axis, t in value.types.items() if axis != MICROBATCH_AXIS})
 
 
 def _is_prepared(main: Function, node: fx.Node) -> bool:

@@ -176,12 +176,32 @@ def test_a_count_over_the_batch_is_prepared_once_per_step() -> None:
         div_tensor        aten.div(cross_entropy, num_valid)                        ()      float32  data grad        dp P     mb P
                           output div_tensor
         prepares num_valid
-        labels       input                          (B,)  int64  inputs  dp S(0)  mb S(0)
-        ne_scalar    aten.ne(labels, -100)          (B,)  bool   inputs  dp S(0)  mb S(0)
-        sum_default  aten.sum(ne_scalar)            ()    int64  inputs  dp P     mb P
-        all_reduce   all_reduce(sum_default, 'dp')  ()    int64  inputs  dp I     mb I
+        labels       input                          (B,)  int64  inputs  dp S(0)
+        ne_scalar    aten.ne(labels, -100)          (B,)  bool   inputs  dp S(0)
+        sum_default  aten.sum(ne_scalar)            ()    int64  inputs  dp P
+        all_reduce   all_reduce(sum_default, 'dp')  ()    int64  inputs  dp I
                      output all_reduce
         """,  # noqa: E501
+    )
+
+
+def test_a_mean_over_the_batch_is_prepared_whole() -> None:
+    def run(self: Any, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.a(x).sum() / labels.mean()
+
+    program = lowered(_linears(run, 1), (X, torch.rand(4)), Plan(microbatches=2), dp=2)
+    (stage,) = program.stages
+    assert stage.prepare is not None
+    same(
+        stage_text(stage).partition("prepares ")[2],
+        """
+        mean
+        labels        input                             (B,)  float32  inputs  dp S(0)
+        mean_default  aten.mean(labels)                 ()    float32  inputs  dp P
+        part_of_mean  part_of_mean(mean_default, 'dp')  ()    float32  inputs  dp P
+        all_reduce    all_reduce(part_of_mean, 'dp')    ()    float32  inputs  dp I
+                      output all_reduce
+        """,
     )
 
 

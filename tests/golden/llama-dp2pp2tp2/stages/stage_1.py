@@ -97,8 +97,8 @@ class Stage(nn.Module):
         labels = F.pad(labels, (0, 1), value=-100)                                          # (B, T + 1)
 
         # cross_entropy                                                                     loss_utils.py:42
-        num_valid = (labels[..., 1:].flatten() != -100).sum()                               # ()  dp P · mb P
-        num_valid = all_reduce(num_valid, "dp")                                             # ()  dp P -> I · mb P -> I
+        num_valid = (labels[..., 1:].flatten() != -100).sum()                               # ()  dp P
+        num_valid = all_reduce(num_valid, "dp")                                             # ()  dp P -> I
         return num_valid
 
     def forward(self, hidden_states, labels, num_valid):
