@@ -11,6 +11,7 @@ from meshwright.runtime.collectives import (
     shard_range,
 )
 from meshwright.runtime.errors import BundleError, MeshwrightError, PlanError, RankError
+from meshwright.runtime.one_process import run_in_one_process
 from meshwright.runtime.random import (
     alpha_dropout,
     attention_with_dropout,
@@ -45,6 +46,7 @@ __all__ = [
     "randn",
     "randn_like",
     "reduce_scatter",
+    "run_in_one_process",
     "shard",
     "shard_range",
 ]

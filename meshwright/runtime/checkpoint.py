@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import filesystem, state_dict_loader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from meshwright.runtime.errors import BundleError
@@ -33,7 +33,7 @@ def save(trainer: "Trainer", path: Path) -> None:
     state[f"{place}/optimizer"] = _packed({"param_groups": optimizer["param_groups"], "others": others})
     for index, entries in tensors.items():
         state |= {f"{place}/optimizer/{index}/{key}": value for key, value in entries.items()}
-    state_dict_saver.save(state, checkpoint_id=str(path))
+    trainer.groups.wire.save(state, str(path))
 
 
 def load(trainer: "Trainer", path: Path) -> None:
@@ -113,7 +113,7 @@ def _read(metadata: Mapping[str, Any], keys: list[str], path: Path) -> State:
         if not isinstance(entry, TensorStorageMetadata):
             raise BundleError(f"{path} has no tensor {key!r}")
         state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    state_dict_loader.load(state, checkpoint_id=str(path))
+    state_dict_loader.load(state, checkpoint_id=str(path), no_dist=True)  # a rank knows what it needs
     return state
 
 

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from meshwright.runtime.errors import PlanError
 from meshwright.runtime.groups import current
 from meshwright.runtime.layout import shard_bounds
-from meshwright.runtime.wire import begin_all_gather, begin_reduce_scatter, summed
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,7 +48,7 @@ def _sum(axis: str) -> Convert:
     def run(x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.bool:
             raise TypeError(f"a boolean tensor cannot be summed over {axis}")
-        return summed(x, group)
+        return group.summed(x)
 
     return run
 
@@ -62,7 +60,7 @@ def _gather(axis: str, dim: int, groups: int, size: int | None) -> Convert:
         if size is not None:
             x = _lengthened(x, dim, -(-size // pieces))
         parts = x.new_empty((pieces, *x.shape))
-        begin_all_gather(parts.view(-1), x.contiguous().view(-1), group)()
+        group.begin_all_gather(parts.view(-1), x.contiguous().view(-1))()
         whole = _joined(parts, dim, groups)
         return whole if size is None else whole.narrow(dim, 0, size)
 
@@ -102,7 +100,7 @@ def _scatter(axis: str, dim: int, groups: int, size: int | None) -> Convert:
         blocks: torch.Tensor = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
         parts = blocks.movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
         out = torch.empty_like(parts[0])
-        begin_reduce_scatter(out.view(-1), parts.view(-1), group)()
+        group.begin_reduce_scatter(out.view(-1), parts.view(-1))()
         if size is not None:
             start, stop = shard_bounds(size, index, pieces)
             return out.narrow(dim, 0, stop - start)
@@ -134,7 +132,7 @@ def _exchange(axis: str, split_dim: int, concat_dim: int) -> Convert:
     def run(x: torch.Tensor) -> torch.Tensor:
         parts = x.unflatten(split_dim, (pieces, x.shape[split_dim] // pieces)).movedim(split_dim, 0).contiguous()
         out = torch.empty_like(parts)
-        dist.all_to_all_single(out, parts, group=group)
+        group.all_to_all(out, parts)
         return _joined(out, concat_dim, 1)
 
     return run

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from meshwright.runtime.actions import Action, fuse
 from meshwright.runtime.errors import BundleError, RankError
 from meshwright.runtime.groups import Groups
 from meshwright.runtime.messages import Messages, Shapes
+from meshwright.runtime.wire import Finish, Message
 
 Values = Mapping[str, Any]
 """Arguments of a stage by name: tensors, and what else the user's batch has."""
@@ -52,7 +52,7 @@ class Executor:
     live: dict[int, Live] = field(default_factory=dict)
     arrived: dict[tuple[str, int], dict[str, torch.Tensor]] = field(default_factory=dict)
     gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
-    sending: deque[list[tuple[Any, torch.Tensor]]] = field(default_factory=deque)
+    sending: deque[list[tuple[Finish, Message]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         loss = self.manifest["loss"]
@@ -120,40 +120,25 @@ class Executor:
 
     def _exchange(self, before: Action | None, after: Action | None, shapes: Shapes) -> None:
         """Start the sends after one action and the receives before the next together; wait for what is received."""
-        tensors: list[torch.Tensor] = []
-        operations: list[dist.P2POp] = []
-        if before is not None and before.sends:
-            for peer, tensor in self._outgoing(before):
-                tensors.append(tensor)
-                operations.append(self._operation(dist.isend, tensor, peer))
-        num_sends = len(operations)
-        if after is not None and after.receives:
-            for peer in after.receives:
-                operations += self._incoming(after, peer, shapes)
-        if not operations:
+        sends = self._outgoing(before) if before is not None and before.sends else []
+        receives = [] if after is None else [m for peer in after.receives for m in self._incoming(after, peer, shapes)]
+        if not sends and not receives:
             return
-        works = dist.batch_isend_irecv(operations)
-        if len(works) != len(operations):  # NCCL makes one of a batch
-            for work in works:
-                work.wait()
-            return
-        for work in works[num_sends:]:
-            work.wait()
-        if num_sends:
+        sent, received = self.groups.group(["pp"]).begin_exchange(sends, receives)
+        for finish in received:
+            finish()
+        if sends:
             # A schedule is proven as if every exchange waited for its sends. Waiting a little later lets this rank go
             # on, and keeps what is being sent from piling up.
-            self.sending.append(list(zip(works[:num_sends], tensors, strict=True)))
+            self.sending.append(list(zip(sent, sends, strict=True)))
             if len(self.sending) > self.groups.size("pp"):
                 self._wait_for_oldest()
 
     def _wait_for_oldest(self) -> None:
-        for work, _ in self.sending.popleft():
-            work.wait()
+        for finish, _ in self.sending.popleft():
+            finish()
 
-    def _operation(self, kind: Any, tensor: torch.Tensor, peer: int) -> dist.P2POp:
-        return dist.P2POp(kind, tensor, peer, group=self.groups.group(["pp"]))
-
-    def _outgoing(self, action: Action) -> list[tuple[int, torch.Tensor]]:
+    def _outgoing(self, action: Action) -> list[Message]:
         """What an action sends, by peer; afterwards a gradient, and without backward a result, has no other owner."""
         if action.kind == "B":
             values: Mapping[str, torch.Tensor] = self.gradients.pop(action.microbatch)
@@ -166,15 +151,15 @@ class Executor:
             for edge in self.messages.outgoing[action.kind, peer]
         ]
 
-    def _incoming(self, action: Action, peer: int, shapes: Shapes) -> list[dist.P2POp]:
+    def _incoming(self, action: Action, peer: int, shapes: Shapes) -> list[Message]:
         """Room for what a peer sends. Gradients from several peers are added up in the order of the peers."""
         arrived = self.arrived.setdefault((action.kind, action.microbatch), {})
-        operations = []
+        messages = []
         for edge in self.messages.incoming[action.kind, peer]:
             buffer = torch.empty(shapes[edge.name], dtype=edge.dtype, device=self.groups.device)
             arrived[edge.name if action.kind == "F" else f"{edge.name} from {peer}"] = buffer
-            operations.append(self._operation(dist.irecv, buffer, peer))
-        return operations
+            messages.append((peer, buffer))
+        return messages
 
     # Computation
 

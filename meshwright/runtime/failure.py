@@ -16,7 +16,7 @@ GRACE = 2.0
 """Seconds that the failed rank has to end first, so that a launcher calls it the cause."""
 
 
-class Watch:
+class StoreWatch:
     """Watches for the failure of another rank, and reports this one's.
 
     One rank reports, the first; the others end without a word, whether they wait for it in a collective, lose the

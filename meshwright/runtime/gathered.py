@@ -14,7 +14,7 @@ from torch import nn
 
 from meshwright.runtime.flat import views
 from meshwright.runtime.groups import Groups
-from meshwright.runtime.wire import Finish, begin_all_gather
+from meshwright.runtime.wire import Finish
 
 
 class Gathered:
@@ -35,7 +35,7 @@ class Gathered:
     def values(self, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Whole tensors of the given shapes, apart from those in use."""
         flat = torch.empty(self.rest.numel() * self.groups.size("dp"), dtype=self.rest.dtype, device=self.rest.device)
-        begin_all_gather(flat, self.rest, self.group)()
+        self.group.begin_all_gather(flat, self.rest)()
         return views(flat, shapes)
 
     def begin(self) -> None:
@@ -46,7 +46,7 @@ class Gathered:
         # What autograd saved of an earlier forward are views of this storage, and the same values come back.
         preserved = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
         with preserved(self.flat), torch.no_grad():
-            self.finish = begin_all_gather(self.flat, self.rest, self.group)
+            self.finish = self.group.begin_all_gather(self.flat, self.rest)
 
     def gather(self) -> None:
         """Make the parameters whole."""

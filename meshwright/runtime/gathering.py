@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from meshwright.runtime.errors import RankError
 from meshwright.runtime.groups import Groups, num_ranks, rank_at
@@ -66,7 +65,7 @@ def _sent(mine: torch.Tensor | None, piece: Piece, rank: int, like: torch.Tensor
     own = mine is not None and rank == groups.rank
     value = mine.detach().clone().contiguous() if own and mine is not None else like.new_empty(piece.local_shape)
     if num_ranks(groups.sizes) > 1 and value.numel():
-        dist.broadcast(value, src=rank)
+        groups.wire.world.broadcast(value, rank)
     return value
 
 
@@ -79,8 +78,7 @@ def _raise_together(different: list[str], groups: Groups, what: str) -> None:
     """Raise on every rank what any of them found."""
     found = [different]
     if num_ranks(groups.sizes) > 1:
-        found = [[] for _ in range(num_ranks(groups.sizes))]
-        dist.all_gather_object(found, different)
+        found = groups.wire.world.gather_objects(different)
     names = [name for rank in found for name in rank]
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -100,7 +98,7 @@ def gather_buffers(manifest: Mapping[str, Any], groups: Groups, local: Mapping[s
         empty = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=groups.device)
         result[name] = local[name].clone().contiguous() if source == groups.rank else empty
         if num_ranks(groups.sizes) > 1:
-            dist.broadcast(result[name], src=source)
+            groups.wire.world.broadcast(result[name], source)
     return result
 
 

@@ -1,22 +1,18 @@
-"""The ranks of a mesh and their process groups."""
+"""The ranks of a mesh and the groups that they communicate in."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from meshwright.runtime.errors import PlanError
-
-TIMEOUT = 300.0
-"""Seconds that a collective may take; the environment's MESHWRIGHT_TIMEOUT overrides."""
-
-BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+from meshwright.runtime.processes import BACKENDS, Processes
+from meshwright.runtime.threads import HERE
+from meshwright.runtime.wire import Group, Wire
 
 Stages = tuple[int, ...] | None
 """The pipeline stages that a group is limited to; None: not limited."""
@@ -24,9 +20,9 @@ Stages = tuple[int, ...] | None
 
 @dataclass(slots=True)
 class Groups:
-    """This process's place in the mesh, and the groups that it communicates in.
+    """This rank's place in the mesh, and the groups that it communicates in.
 
-    sizes: axis -> size, outermost first, "mb" not among them. microbatches: the size of "mb".
+    sizes: axis -> size, outermost first, "mb" not among them. microbatches: the size of "mb". wire: to the other ranks.
     """
 
     sizes: Mapping[str, int]
@@ -34,7 +30,8 @@ class Groups:
     device: torch.device
     microbatches: int
     coordinates: Mapping[str, int] = field(init=False)
-    made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    wire: Wire = field(default_factory=Processes)
+    made: dict[tuple[Any, ...], Group | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.coordinates = coordinates_of(self.sizes, self.rank)
@@ -52,20 +49,17 @@ class Groups:
         key = self._key(axes, stages)
         if key is None or key in self.made:
             return
-        # Only members meet to make a group: thousands of groups elsewhere cost this rank nothing. Torch names such a
-        # group by how many the process has, so a rank that is in none makes one of its own to keep in step.
-        ranks = self._members(*key) or [self.rank]
-        if len(ranks) == num_ranks(self.sizes):
-            self.made[key] = dist.group.WORLD
-        else:
-            group = dist.new_group(ranks, timeout=time_limit(), use_local_synchronization=True)
-            self.made[key] = group if len(ranks) > 1 else None
-        if self.device.type == "cuda" and self.made[key] is not None:
-            # The first use connects all members; messages between some of them must not be the first.
-            dist.all_reduce(torch.zeros(1, device=self.device), group=self.made[key])
+        self.made[key] = self.wire.group(self._members(*key) or [self.rank], ", ".join(key[0]))
 
-    def group(self, axes: Iterable[str], stages: Stages = None) -> Any:
-        """The process group over ``axes``, or None where it has one rank. Raises KeyError if it was never made."""
+    def group(self, axes: Iterable[str], stages: Stages = None) -> Group:
+        """The group over ``axes``. Raises KeyError where it has one rank or was never made."""
+        found = self.find(given := tuple(axes), stages)
+        if found is None:
+            raise KeyError(f"rank {self.rank} is alone over {', '.join(given)}")
+        return found
+
+    def find(self, axes: Iterable[str], stages: Stages = None) -> Group | None:
+        """The group over ``axes``, or None where it has one rank. Raises KeyError if it was never made."""
         key = self._key(axes, stages)
         return None if key is None else self.made[key]
 
@@ -140,36 +134,24 @@ def current() -> Groups:
     return groups
 
 
-def time_limit() -> timedelta:
-    """How long a collective may take. Raises PlanError for a MESHWRIGHT_TIMEOUT that is no number."""
-    text = os.environ.get("MESHWRIGHT_TIMEOUT", str(TIMEOUT))
-    try:
-        return timedelta(seconds=float(text))
-    except ValueError:
-        raise PlanError(f"MESHWRIGHT_TIMEOUT={text!r} is no number of seconds") from None
-
-
 def start(sizes: Mapping[str, int], microbatches: int, device: str | torch.device | None) -> Groups:
-    """Join the process group (from torchrun's environment unless it exists) and place this process in the mesh.
+    """Join the other ranks and place this one in the mesh.
 
-    The backend follows the device: gloo for the CPU, NCCL for CUDA. Raises PlanError for a number of processes that is
-    not the mesh's, and for a device that this process cannot have, before any process waits on another.
+    They are threads inside of ``run_in_one_process``, else the processes of torch's process group, which is started
+    from torchrun's environment unless it exists. Raises PlanError for a number of ranks that is not the mesh's, and for
+    a device that this process cannot have, before any rank waits on another.
     """
+    wire: Wire = HERE.get() or Processes()
     needed = num_ranks(sizes)
-    started = dist.is_initialized()
-    world = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
-    if world != needed:
+    if wire.num_ranks != needed:
         mesh = ", ".join(f"{axis}={size}" for axis, size in sizes.items()) or "one rank"
         raise PlanError(
-            f"the bundle is for {needed} processes ({mesh}) and was launched with {world}\n"
-            f"  torchrun --nproc-per-node {needed} train.py"
+            f"the bundle is for {needed} {wire.kind} ({mesh}) and was launched with {wire.num_ranks}\n"
+            f"  {wire.launch(needed)}"
         )
     chosen = _device(device)
-    if not started and world > 1:
-        bound = chosen if chosen.type == "cuda" else None
-        dist.init_process_group(BACKENDS[chosen.type], timeout=time_limit(), device_id=bound)
-    rank = dist.get_rank() if world > 1 else 0
-    return Groups(sizes=sizes, rank=rank, device=chosen, microbatches=microbatches)
+    wire.join(chosen)
+    return Groups(sizes=sizes, rank=wire.rank, device=chosen, microbatches=microbatches, wire=wire)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

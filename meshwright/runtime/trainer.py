@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from meshwright.runtime import checkpoint, gathering
@@ -16,12 +15,11 @@ from meshwright.runtime.batches import Batch, microbatch_parts, named, replica_p
 from meshwright.runtime.buckets import gather_frozen, gather_in_modules, make_units, needed_groups
 from meshwright.runtime.errors import BundleError, MeshwrightError, PlanError, RankError
 from meshwright.runtime.executor import Executor
-from meshwright.runtime.failure import Watch
 from meshwright.runtime.groups import start, using
 from meshwright.runtime.manifest import actions_of, load_manifest, stage_class
 from meshwright.runtime.parameters import Declared, Param
 from meshwright.runtime.weights import Weights
-from meshwright.runtime.wire import Finish, begin_all_reduce
+from meshwright.runtime.wire import Finish
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -55,7 +53,7 @@ class Trainer:
         self.rank = self.groups.rank
         self.num_steps = 0
         self.seed = seed
-        self._watch = Watch(self.rank) if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._watch = self.groups.wire.watch()
         with self._reporting("setting up"):
             for axis in self.manifest["mesh"]:
                 self.groups.make([axis])
@@ -179,7 +177,7 @@ class Trainer:
             loss += total
         if self._watch is None:
             return loss, lambda: None
-        return loss, begin_all_reduce(loss, None)
+        return loss, self.groups.wire.world.begin_all_reduce(loss)
 
     # Looking at everything
 

@@ -17,7 +17,7 @@ from meshwright.runtime.flat import flatten, views
 from meshwright.runtime.gathered import Gathered
 from meshwright.runtime.groups import Groups, Stages
 from meshwright.runtime.parameters import Held
-from meshwright.runtime.wire import Finish, begin_all_gather, begin_all_reduce, begin_reduce_scatter
+from meshwright.runtime.wire import Finish
 
 MAX_UNDER_WAY = 2
 """Scattered buckets that may be under way at once; more would keep more whole gradients alive."""
@@ -109,9 +109,9 @@ class Unit:
         self._begin_sum(self.grad, self.axes)
 
     def _begin_sum(self, flat: torch.Tensor, axes: tuple[str, ...]) -> None:
-        group = self.groups.group(axes, self.stages)
+        group = self.groups.find(axes, self.stages)
         if group is not None:
-            self.finishes.append(begin_all_reduce(flat, group))
+            self.finishes.append(group.begin_all_reduce(flat))
 
     def settle(self) -> None:
         """After the last backward: begin what has not begun. All units settle before one finishes."""
@@ -164,7 +164,7 @@ class SplitState(Unit):
 
     def _begin_reduction(self) -> None:
         self.begun = True
-        self.finishes.append(begin_reduce_scatter(self.piece_grad, self.grad, self.groups.group(["dp"])))
+        self.finishes.append(self.groups.group(["dp"]).begin_reduce_scatter(self.piece_grad, self.grad))
 
     def settle(self) -> None:
         """The pieces are summed over dp; what else is pending begins."""
@@ -177,11 +177,11 @@ class SplitState(Unit):
 
     def _whole(self, piece: torch.Tensor) -> list[torch.Tensor]:
         flat = piece.new_empty(self.length * self.groups.size("dp"))
-        begin_all_gather(flat, piece.contiguous(), self.groups.group(["dp"]))()
+        self.groups.group(["dp"]).begin_all_gather(flat, piece.contiguous())()
         return self._views(flat)
 
     def begin_update(self) -> None:
-        self.finishes.append(begin_all_gather(self.flat, self.rest, self.groups.group(["dp"])))
+        self.finishes.append(self.groups.group(["dp"]).begin_all_gather(self.flat, self.rest))
 
 
 class SplitGradients(SplitState):
@@ -210,7 +210,7 @@ class SplitGradients(SplitState):
         for one in self.held:
             one.parameter.grad = None
         out = torch.empty_like(self.piece_grad)
-        finish = begin_reduce_scatter(out, whole, self.groups.group(["dp"]))
+        finish = self.groups.group(["dp"]).begin_reduce_scatter(out, whole)
         self.under_way.append(lambda: self._add(finish, out))
         if len(self.under_way) > MAX_UNDER_WAY:
             self.under_way.popleft()()

@@ -1,91 +1,97 @@
-"""Collectives on flat tensors, begun now and finished later, in the form that each kind of device does fastest."""
+"""How ranks talk: all that the runtime asks of what it runs on, be it processes or threads.
 
-from collections.abc import Callable, Mapping
-from typing import Any
+Every collective is called by all members of its group in the same order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-
-# torch 2.13 renames these two.
-_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Finish = Callable[[], None]
 """Waits for something that was begun; afterwards its result is there."""
 
+Message = tuple[int, torch.Tensor]
+"""(the other rank, a contiguous tensor to send or to receive into)."""
 
-def begin_reduce_scatter(out: torch.Tensor, flat: torch.Tensor, group: Any) -> Finish:
-    """Begin to sum ``flat`` (pieces * n,) over the group and keep piece k of it in ``out`` (n,) on member k.
 
-    ``out`` may be a part of ``flat``. Neither may be touched before the end.
+class Group(Protocol):
+    """Some ranks of the mesh in ascending order, as one of them sees them."""
+
+    def begin_reduce_scatter(self, out: torch.Tensor, flat: torch.Tensor) -> Finish:
+        """Begin to sum ``flat`` (pieces * n,) over the group and keep piece k of it in ``out`` (n,) on member k.
+
+        ``out`` may be a part of ``flat``. Neither may be touched before the end.
+        """
+
+    def begin_all_gather(self, flat: torch.Tensor, piece: torch.Tensor) -> Finish:
+        """Begin to put every member's ``piece`` (n,) side by side in ``flat`` (pieces * n,).
+
+        ``piece`` may be a part of ``flat``.
+        """
+
+    def begin_all_reduce(self, flat: torch.Tensor) -> Finish:
+        """Begin to sum ``flat`` over the group, in place."""
+
+    def summed(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of ``x`` over the group, contiguous, as a tensor of its own; the same bits on every member."""
+
+    def all_to_all(self, out: torch.Tensor, parts: torch.Tensor) -> None:
+        """Part k of ``parts`` (pieces, ...) goes to member k; ``out``, alike, has what comes, in the members' order."""
+
+    def broadcast(self, value: torch.Tensor, source: int) -> None:
+        """``value`` becomes what the rank ``source`` of the mesh has."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every member's plain data, which nobody changes, in the members' order."""
+
+    def begin_exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message]
+    ) -> tuple[list[Finish], list[Finish]]:
+        """Begin all messages together; each may be waited for by itself. Two ranks name their messages in one order."""
+
+
+class Watch(Protocol):
+    """When one rank fails the others end."""
+
+    def report(self, reason: str) -> None:
+        """Tell the others that this rank fails; does not return where another rank did so before."""
+
+    def stop(self) -> None:
+        """Watch no longer."""
+
+
+class Wire(Protocol):
+    """The ranks that were launched together, as one of them sees them.
+
+    kind: what ranks are, for messages. ``rank`` and ``world``, the group of all, are there after ``join``.
     """
-    if flat.is_complex():
-        out, flat = torch.view_as_real(out).view(-1), torch.view_as_real(flat).view(-1)
-    return _SCATTERS[flat.device.type](out, flat, group)
 
+    kind: str
 
-def begin_all_gather(flat: torch.Tensor, piece: torch.Tensor, group: Any) -> Finish:
-    """Begin to put every member's ``piece`` (n,) side by side in ``flat`` (pieces * n,), of which it may be a part."""
-    if flat.is_complex():
-        flat, piece = torch.view_as_real(flat).view(-1), torch.view_as_real(piece).view(-1)
-    work = _ALL_GATHER(flat, piece, group=group, async_op=True)
-    return lambda: _wait(work)
+    @property
+    def num_ranks(self) -> int:
+        """How many were launched."""
 
+    @property
+    def rank(self) -> int:
+        """This one among them."""
 
-def begin_all_reduce(flat: torch.Tensor, group: Any) -> Finish:
-    """Begin to sum ``flat`` over the group, in place."""
-    work = dist.all_reduce(flat, group=group, async_op=True)
-    return lambda: _wait(work)
+    @property
+    def world(self) -> Group:
+        """All of them."""
 
+    def launch(self, num_ranks: int) -> str:
+        """How to launch another number."""
 
-def summed(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """The sum of ``x`` over the group, contiguous, as a tensor of its own; the same bits on every member."""
-    if x.is_complex():
-        return torch.view_as_complex(summed(torch.view_as_real(x), group))
-    x = x.contiguous()
-    if x.device.type == "cpu" and dist.get_world_size(group) == 2:
-        return _sum_of_two(x, group)
-    x = x.clone()
-    dist.all_reduce(x, group=group)
-    return x
+    def join(self, device: torch.device) -> None:
+        """Meet the others, with tensors on ``device``."""
 
+    def group(self, ranks: Sequence[int], name: str) -> Group | None:
+        """The group of ``ranks``, this one among them; None for one alone. Every rank calls this in the same order."""
 
-def _sum_of_two(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """Exchange and add: as many bytes as gloo's all_reduce, in one step of messages instead of two, without a copy."""
-    other, peer = torch.empty_like(x), 1 - dist.get_rank(group)
-    sent = dist.isend(x, group=group, group_dst=peer)
-    received = dist.irecv(other, group=group, group_src=peer)
-    _wait(received)
-    _wait(sent)
-    return other.add_(x)
+    def watch(self) -> Watch | None:
+        """From now on other ranks' failures end this one; None for one rank alone."""
 
-
-def _native(out: torch.Tensor, flat: torch.Tensor, group: Any) -> Finish:
-    work = _REDUCE_SCATTER(out, flat, group=group, async_op=True)
-    return lambda: _wait(work)
-
-
-def _exchanged(out: torch.Tensor, flat: torch.Tensor, group: Any) -> Finish:
-    """Exchange, then add here: gloo's own reduce_scatter is slower than its all_reduce, this is twice as fast as it."""
-    parts = torch.empty_like(flat)
-    work = dist.all_to_all_single(parts, flat, group=group, async_op=True)
-
-    def finish() -> None:
-        _wait(work)
-        first, second, *others = parts.view(-1, out.numel()).unbind()
-        torch.add(first, second, out=out)
-        for part in others:
-            out.add_(part)
-
-    return finish
-
-
-def _wait(work: Any) -> None:
-    if work is not None:
-        work.wait()
-
-
-_SCATTERS: Mapping[str, Callable[[torch.Tensor, torch.Tensor, Any], Finish]] = {
-    "cpu": _exchanged,
-    "cuda": _native,
-}
+    def save(self, state: Mapping[str, torch.Tensor], path: str) -> None:
+        """Write all ranks' tensors by key, as torch.distributed.checkpoint does; what several have by one key, once."""

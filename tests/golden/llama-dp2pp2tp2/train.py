@@ -1,6 +1,7 @@
 """Train LlamaForCausalLM on dp=2 · pp=2 · tp=2.
 
     torchrun --nproc-per-node 8 train.py --steps 100
+    python train.py --single-process --steps 1  # all ranks in one process, for breakpoint() and pdb
 
 This file is yours: data, optimizer, logging and checkpoints are decided here.
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from meshwright.runtime import Trainer
+from meshwright.runtime import Trainer, run_in_one_process
 
 
 def global_batch(step):
@@ -20,15 +21,8 @@ def global_batch(step):
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
-    parser.add_argument("--resume", type=Path, help="a checkpoint to continue from")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
-    args = parser.parse_args()
-
+def train(args):
+    """What every rank does."""
     trainer = Trainer(
         Path(__file__).parent,
         optimizer=lambda named: torch.optim.AdamW(named, lr=3e-4),
@@ -43,6 +37,21 @@ def main():
             print(f"step {step}  loss {loss:.4f}", flush=True)
         if step % args.save_every == 0:
             trainer.save(args.checkpoints / f"step_{step}")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--resume", type=Path, help="a checkpoint to continue from")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--single-process", action="store_true", help="all ranks as threads of this process, to debug")
+    args = parser.parse_args()
+    if args.single_process:
+        run_in_one_process(lambda rank: train(args), num_ranks=8)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":
