@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, state_dict_loader
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from meshwright.runtime.errors import BundleError
@@ -44,7 +44,7 @@ def load(trainer: "Trainer", path: Path) -> None:
         raise BundleError(f"{path} is no checkpoint: {error}") from error
     if HEAD not in metadata:
         raise BundleError(f"{path} is no checkpoint of a Trainer")
-    head = _unpacked(_read(metadata, [HEAD], path)[HEAD])
+    head = _unpacked(_read(trainer, metadata, [HEAD], path)[HEAD])
     if head["layout"] != layout(trainer.manifest):
         raise BundleError(
             f"{path} was saved under another layout: mesh, ZeRO, stages or types of parameters differ\n"
@@ -53,7 +53,7 @@ def load(trainer: "Trainer", path: Path) -> None:
     place = _place(trainer, "dp" in trainer.manifest["mesh"])
     kept = _kept(trainer)
     optimizer = [key for key in metadata if key == f"{place}/optimizer" or key.startswith(f"{place}/optimizer/")]
-    state = _read(metadata, [*kept, *optimizer], path)
+    state = _read(trainer, metadata, [*kept, *optimizer], path)
     with torch.no_grad():
         for key, tensor in kept.items():
             tensor.copy_(state[key])
@@ -105,7 +105,7 @@ def _place(trainer: "Trainer", with_dp: bool) -> str:
     return ".".join(f"{axis}{index}" for axis, index in at.items() if with_dp or axis != "dp") or "all"
 
 
-def _read(metadata: Mapping[str, Any], keys: list[str], path: Path) -> State:
+def _read(trainer: "Trainer", metadata: Mapping[str, Any], keys: list[str], path: Path) -> State:
     """Tensors of a checkpoint. Raises BundleError for a key that it does not have."""
     state: State = {}
     for key in keys:
@@ -113,7 +113,7 @@ def _read(metadata: Mapping[str, Any], keys: list[str], path: Path) -> State:
         if not isinstance(entry, TensorStorageMetadata):
             raise BundleError(f"{path} has no tensor {key!r}")
         state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    state_dict_loader.load(state, checkpoint_id=str(path), no_dist=True)  # a rank knows what it needs
+    trainer.groups.wire.load(state, str(path))
     return state
 
 

@@ -7,7 +7,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -37,29 +38,31 @@ def run_in_one_process(function: Callable[[int], Result], num_ranks: int) -> lis
     """
     if HERE.get() is not None:
         raise PlanError("run_in_one_process was called on a rank of run_in_one_process")
-    turns, circles, results = Turns(num_ranks), dict[tuple[str, tuple[int, ...]], Circle](), dict[int, Result]()
-    tracing = _debugger()
+    debugger = _debugger()
+    turns = Turns(num_ranks, lambda rank: _say_rank(debugger, rank))
+    circles: dict[tuple[str, tuple[int, ...]], Circle] = {}
+    results: dict[int, Result] = {}
 
     def call(rank: int) -> None:
         HERE.set(Threads(turns, circles, rank))
-        if tracing is not None:
-            sys.settrace(tracing)
+        if debugger is not None:
+            sys.settrace(debugger.trace_dispatch)
         # Where a GPU computes, a backward would run on a thread that all ranks share, and wait there for itself.
         with torch.autograd.set_multithreading_enabled(False):
             results[rank] = function(rank)
 
     threads = [
-        threading.Thread(target=turns.run, args=(rank, lambda rank=rank: call(rank)), name=f"rank {rank}", daemon=True)
+        threading.Thread(target=turns.run, args=(rank, partial(call, rank)), name=f"rank {rank}", daemon=True)
         for rank in range(num_ranks)
     ]
-    with _prompts_with_ranks():
+    with _prompts_with_ranks(debugger):
         for thread in threads:
             thread.start()
         turns.hand_on()
         try:
             for thread in threads:
                 thread.join()
-        except BaseException as error:  # the user interrupts
+        except BaseException as error:  # the user interrupts: ranks end where they wait next
             turns.failure = 0, error
             raise
     restore(turns.state)
@@ -80,25 +83,33 @@ def _told(rank: int, error: BaseException) -> BaseException:
     return error
 
 
-def _debugger() -> Any:
+def _debugger() -> bdb.Bdb | None:
     """What traces this thread, if it is a debugger in Python that the ranks may share: one of them runs at a time."""
-    tracing = sys.gettrace()
-    return tracing if isinstance(getattr(tracing, "__self__", None), bdb.Bdb) else None
+    debugger = getattr(sys.gettrace(), "__self__", None)
+    return debugger if isinstance(debugger, bdb.Bdb) else None
+
+
+def _say_rank(debugger: bdb.Bdb | None, rank: int) -> None:
+    if isinstance(debugger, pdb.Pdb):
+        debugger.prompt = f"(rank {rank}) "
 
 
 @contextmanager
-def _prompts_with_ranks() -> Iterator[None]:
-    """``breakpoint()`` says on which rank it is, unless the user has a debugger of their own."""
-    before = sys.breakpointhook
+def _prompts_with_ranks(debugger: bdb.Bdb | None) -> Iterator[None]:
+    """Debuggers say on which rank they are: the one that traces, and ``breakpoint()`` unless the user has another."""
+    before, prompt = sys.breakpointhook, getattr(debugger, "prompt", "")
     if before is sys.__breakpointhook__ and "PYTHONBREAKPOINT" not in os.environ:
         sys.breakpointhook = _breakpoint
     try:
         yield
     finally:
         sys.breakpointhook = before
+        if isinstance(debugger, pdb.Pdb):
+            debugger.prompt = prompt
 
 
 def _breakpoint() -> None:
-    debugger = pdb.Pdb()
-    debugger.prompt = f"({threading.current_thread().name}) "
+    debugger, here = pdb.Pdb(), HERE.get()
+    if here is not None:
+        _say_rank(debugger, here.rank)
     debugger.set_trace(sys._getframe(1))

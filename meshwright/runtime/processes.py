@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from meshwright.runtime.errors import PlanError
 from meshwright.runtime.failure import StoreWatch
@@ -168,6 +168,9 @@ class Processes:
 
     def save(self, state: Mapping[str, torch.Tensor], path: str) -> None:
         state_dict_saver.save(dict(state), checkpoint_id=path)
+
+    def load(self, state: dict[str, torch.Tensor], path: str) -> None:
+        state_dict_loader.load(state, checkpoint_id=path)
 
 
 def time_limit() -> timedelta:

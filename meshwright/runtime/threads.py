@@ -1,14 +1,16 @@
 """Ranks as threads that take turns: collectives are calls on which the members of a group meet."""
 
 import sys
+import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from meshwright.runtime.errors import RankError
 from meshwright.runtime.turns import Turns, place
@@ -237,8 +239,21 @@ class Threads:
         states = self.world.gather_objects(state)
         if self.rank == 0:
             merged = {key: tensor for one in reversed(states) for key, tensor in one.items()}
-            state_dict_saver.save(merged, checkpoint_id=path, no_dist=True)
+            with _without_processes():
+                state_dict_saver.save(merged, checkpoint_id=path, no_dist=True)
         self.world.gather_objects(None)  # nobody goes on before it is written
+
+    def load(self, state: dict[str, torch.Tensor], path: str) -> None:
+        with _without_processes():
+            state_dict_loader.load(state, checkpoint_id=path, no_dist=True)
+
+
+@contextmanager
+def _without_processes() -> Iterator[None]:
+    """Torch warns that it takes this for a program of one rank."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 HERE: ContextVar[Threads | None] = ContextVar("meshwright_threads", default=None)

@@ -30,11 +30,11 @@ class Ended(BaseException):
 class Turns:
     """The turns of ``num_ranks`` ranks. failure: the first rank that failed, and what it raised.
 
-    state: of the random generators at the start.
+    at_turn: called on a rank whenever its turn begins. state: of the random generators at the start.
     """
 
-    def __init__(self, num_ranks: int):
-        self.num_ranks = num_ranks
+    def __init__(self, num_ranks: int, at_turn: Callable[[int], None]):
+        self.num_ranks, self.at_turn = num_ranks, at_turn
         self.failure: tuple[int, BaseException] | None = None
         self.state = random_state()
         self.turns = [threading.Semaphore(0) for _ in range(num_ranks)]
@@ -44,8 +44,7 @@ class Turns:
 
     def run(self, rank: int, function: Callable[[], None]) -> None:
         """The life of a rank's thread: wait for the first turn, call ``function``, hand on."""
-        self.turns[rank].acquire()
-        restore(self.state)
+        self._take(rank, self.state)
         try:
             self.check()
             function()
@@ -66,17 +65,23 @@ class Turns:
         self.waiting[rank] = ready, what
         state = random_state()
         self.hand_on()
-        self.turns[rank].acquire()
-        restore(state)
+        self._take(rank, state)
         del self.waiting[rank]
         self.check()
         if self.deadlock is not None:
             text, self.deadlock = self.deadlock, None
             raise RankError(text)
 
+    def _take(self, rank: int, state: list[Restore]) -> None:
+        """Wait for the turn of ``rank``, whose random generators are in ``state``."""
+        self.turns[rank].acquire()
+        restore(state)
+        self.at_turn(rank)
+
     def check(self) -> None:
         """Raises Ended where a rank has failed."""
         if self.failure is not None:
+            sys.settrace(None)  # nobody wants to step through the end
             raise Ended
 
     def fail(self, rank: int, error: BaseException) -> None:

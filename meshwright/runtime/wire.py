@@ -95,3 +95,6 @@ class Wire(Protocol):
 
     def save(self, state: Mapping[str, torch.Tensor], path: str) -> None:
         """Write all ranks' tensors by key, as torch.distributed.checkpoint does; what several have by one key, once."""
+
+    def load(self, state: dict[str, torch.Tensor], path: str) -> None:
+        """Fill the tensors of ``state``, which may have other keys on other ranks. All ranks call this together."""
