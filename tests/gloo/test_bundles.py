@@ -175,7 +175,7 @@ def test_a_script_may_call_zero_grad(zero: int, pool: Pool, tmp_path: Path) -> N
             torch.testing.assert_close(got[name], value, rtol=1e-8, atol=1e-10)
 
 
-def _edit(bundle: Path, stage: int, old: str, new: str) -> None:
+def edit(bundle: Path, stage: int, old: str, new: str) -> None:
     path = bundle / f"stages/stage_{stage}.py"
     text = path.read_text()
     assert old in text
@@ -184,7 +184,7 @@ def _edit(bundle: Path, stage: int, old: str, new: str) -> None:
 
 def test_replicas_that_differ_are_named(pool: Pool, tmp_path: Path) -> None:
     bundle = bundles.write_bundle(tmp_path / "bundle", {"tp": 2})
-    _edit(bundle, 0, 'features = invariant_to_replicated(features, "tp")', "pass")
+    edit(bundle, 0, 'features = invariant_to_replicated(features, "tp")', "pass")
     with pytest.raises(Failed) as error:
         pool.run("tests.gloo.test_bundles:train", (str(bundle), "sgd", 12), ranks=2)
     assert "RankError: the gradients of replicas that must agree differ: embed.weight (rank 1 against" in str(
@@ -197,7 +197,8 @@ FAILURES: dict[str, tuple[dict[str, int], str, str, str]] = {
     "forward": (
         {"pp": 2, "tp": 2},
         "hidden = F.linear(hidden + skip",
-        "assert torch.distributed.get_rank() != 2 or num_valid < 0, 'no'; hidden = F.linear(hidden + skip",
+        "from meshwright.runtime.groups import current; assert current().rank != 2, 'no'; "
+        "hidden = F.linear(hidden + skip",
         "RankError: rank 2 failed in 1F0 forward of stage 1, microbatch 0: AssertionError: no",
     ),
     "another stage's parameter": (
@@ -231,7 +232,7 @@ FAILURES: dict[str, tuple[dict[str, int], str, str, str]] = {
 def test_a_rank_that_fails_ends_all(case: str, pool: Pool, tmp_path: Path) -> None:
     mesh, old, new, message = FAILURES[case]
     bundle = bundles.write_bundle(tmp_path / "bundle", mesh, microbatches=2)
-    _edit(bundle, mesh.get("pp", 1) - 1, old, new)
+    edit(bundle, mesh.get("pp", 1) - 1, old, new)
     with pytest.raises(Failed) as error:
         pool.run("tests.gloo.test_bundles:train", (str(bundle), "sgd", 12), ranks=_count(mesh))
     assert message in str(error.value)
@@ -240,7 +241,7 @@ def test_a_rank_that_fails_ends_all(case: str, pool: Pool, tmp_path: Path) -> No
 
 def test_a_stage_that_sends_another_shape(pool: Pool, tmp_path: Path) -> None:
     bundle = bundles.write_bundle(tmp_path / "bundle", {"pp": 2})
-    _edit(bundle, 0, "return hidden, skip", "return hidden[:, :5], skip")
+    edit(bundle, 0, "return hidden, skip", "return hidden[:, :5], skip")
     with pytest.raises(Failed) as error:
         pool.run("tests.gloo.test_bundles:train", (str(bundle), "sgd", 12), ranks=2)
     assert (
