@@ -3,7 +3,8 @@
     python benchmarks/zoo.py [LlamaForCausalLM ...] [--mesh tp2 ...] [--markdown]
 
 Small configurations (tests/zoo.py), float64: the loss and every gradient of one step against one device. A cell says
-"exact", "exact, N whole" (N operators have no rule and ran whole), or why not. Workers stay alive over all cells.
+"exact", "exact, N whole" (N operators have no rule and ran whole), or why not. All ranks are threads of this process;
+--processes gives each a process of its own, over gloo.
 """
 
 import argparse
@@ -19,24 +20,26 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests import zoo  # noqa: E402
 from tests.gloo.outcomes import MESHES, outcome  # noqa: E402
-from tests.gloo.pool import Pool  # noqa: E402
+from tests.gloo.pool import OneProcess, Pool  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("classes", nargs="*", metavar="CLASS", help=f"default: all {len(zoo.ZOO)}")
     parser.add_argument("--mesh", nargs="*", choices=list(MESHES), default=list(MESHES))
+    parser.add_argument("--processes", action="store_true", help="ranks as processes over gloo instead of threads")
     parser.add_argument("--markdown", action="store_true", help="print the table for the README")
     args = parser.parse_args()
     if unknown := [name for name in args.classes if name not in zoo.ZOO]:
         parser.error(f"tests/zoo.py has no {', '.join(unknown)}: it has {', '.join(zoo.ZOO)}")
     logging.disable(logging.WARNING)
-    pool, rows = Pool(), {}
+    ranks, rows = Pool() if args.processes else OneProcess(), {}
     for name in args.classes or zoo.ZOO:
         started = time.perf_counter()
-        rows[name] = [outcome(pool, name, mesh) for mesh in args.mesh]
+        rows[name] = [outcome(ranks, name, mesh) for mesh in args.mesh]
         print(f"{name:<36} {time.perf_counter() - started:6.1f} s  {' | '.join(rows[name])}", flush=True)
-    pool.close()
+    if isinstance(ranks, Pool):
+        ranks.close()
     if args.markdown:
         print("\n| model | " + " | ".join(args.mesh) + " |\n" + "|---" * (1 + len(args.mesh)) + "|")
         print("\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()))

@@ -1,10 +1,10 @@
-"""The worker pool as a fixture."""
+"""What tasks run on, as fixtures."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.gloo.pool import Pool
+from tests.gloo.pool import OneProcess, Pool
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +12,8 @@ def pool() -> Iterator[Pool]:
     workers = Pool()
     yield workers
     workers.close()
+
+
+@pytest.fixture
+def threads() -> OneProcess:
+    return OneProcess()

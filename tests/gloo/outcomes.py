@@ -8,7 +8,7 @@ from typing import Any
 from meshwright import PlanError, UnsupportedError
 from tests import zoo
 from tests.gloo import parity
-from tests.gloo.pool import Failed, Pool
+from tests.gloo.pool import Failed, Ranks
 
 MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "dp2": ({"dp": 2}, {}),
@@ -20,7 +20,7 @@ MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
 """Column -> mesh and plan."""
 
 
-def outcome(pool: Pool, name: str, mesh: str) -> str:
+def outcome(ranks: Ranks, name: str, mesh: str) -> str:
     """What one model does on one mesh."""
     axes, plan = MESHES[mesh]
     batch = zoo.batch(name)
@@ -34,7 +34,7 @@ def outcome(pool: Pool, name: str, mesh: str) -> str:
             return f"BUG: {type(error).__name__}: {str(error).splitlines()[0]}"
         try:
             arguments = (str(Path(directory, "bundle")), batch, 1)
-            got = pool.run("tests.gloo.parity:train", arguments, ranks=parity.num_ranks(axes))
+            got = ranks.run("tests.gloo.parity:train", arguments, ranks=parity.num_ranks(axes))
             parity.compare(got, parity.reference(zoo.build(name), batch, steps=1))
         except (AssertionError, Failed) as error:
             return f"WRONG: {str(error).splitlines()[0]}"

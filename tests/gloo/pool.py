@@ -1,4 +1,4 @@
-"""Worker processes kept alive over a session: a case costs its own work, not the start of Python and torch."""
+"""Ranks to run tasks on: processes kept alive over a session, so that a case costs its own work, or threads."""
 
 import gc
 import importlib
@@ -8,13 +8,15 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from meshwright.runtime import run_in_one_process
 
 SECONDS = 120.0
 GRACE = 6.0
@@ -38,20 +40,24 @@ def _work(index: int, pipe: Connection) -> None:
         except EOFError:
             return
         os.environ["WORLD_SIZE"] = str(size)
-        module, _, function = name.partition(":")
         try:
             if size > 1:
                 limit = timedelta(seconds=60)
                 dist.init_process_group(
                     "gloo", init_method=f"file://{store}", rank=index, world_size=size, timeout=limit
                 )
-            answer: tuple[str | None, Any] = (None, getattr(importlib.import_module(module), function)(*args))
+            answer: tuple[str | None, Any] = (None, _function(name)(*args))
         except BaseException as error:
             answer = (f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None)
         pipe.send_bytes(pickle.dumps(answer))
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()  # groups that are left have threads that poll
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 @dataclass(slots=True)
@@ -82,8 +88,26 @@ class Failed(RuntimeError):
         self.loud = loud
 
 
-class Pool:
+class Ranks(Protocol):
     """``run("module:function", args, ranks=4)`` calls the function on ranks 0 to 3 and returns their results."""
+
+    def run(self, name: str, args: Sequence[Any] = (), *, ranks: int) -> list[Any]:
+        """Results by rank. Raises Failed with the first failure."""
+
+
+class OneProcess:
+    """``Ranks`` as threads of this process."""
+
+    def run(self, name: str, args: Sequence[Any] = (), *, ranks: int) -> list[Any]:
+        task = pickle.dumps(tuple(args))  # every rank has its own, as in a process
+        try:
+            return run_in_one_process(lambda rank: _function(name)(*pickle.loads(task)), ranks)
+        except Exception as error:
+            raise Failed(f"{type(error).__name__}: {error}", 1) from error
+
+
+class Pool:
+    """``Ranks`` as processes."""
 
     def __init__(self) -> None:
         self.workers: dict[int, _Worker] = {}

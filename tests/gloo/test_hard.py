@@ -10,7 +10,7 @@ import pytest
 from meshwright import Mesh, Plan, PlanError, compile_parallel
 from tests import hard
 from tests.gloo import parity
-from tests.gloo.pool import Pool
+from tests.gloo.pool import OneProcess
 
 MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "tp2": ({"tp": 2}, {}),
@@ -27,12 +27,11 @@ def _reference(name: str) -> dict[str, Any]:
     return parity.reference(hard.build(name), hard.batch(name))
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [(name, mesh) for name in hard.HARD for mesh in MESHES if mesh != "dp2" or name in WHOLE_BATCH],  # 3D has dp too
 )
-def test_equals_one_device(name: str, mesh: str, pool: Pool, tmp_path: Path) -> None:
+def test_equals_one_device(name: str, mesh: str, threads: OneProcess, tmp_path: Path) -> None:
     axes, plan = MESHES[mesh]
     if name in WHOLE_BATCH and "microbatches" in plan:
         with pytest.raises(PlanError, match="^the batch cannot be cut into microbatches without changing the result"):
@@ -42,5 +41,5 @@ def test_equals_one_device(name: str, mesh: str, pool: Pool, tmp_path: Path) -> 
         warnings.simplefilter("ignore")  # operators that run whole
         parity.emit_case(tmp_path / "bundle", hard.build(name), hard.batch(name), axes, plan)
     arguments = (str(tmp_path / "bundle"), hard.batch(name))
-    got = pool.run("tests.gloo.parity:train", arguments, ranks=parity.num_ranks(axes))
+    got = threads.run("tests.gloo.parity:train", arguments, ranks=parity.num_ranks(axes))
     parity.compare(got, _reference(name))

@@ -13,7 +13,7 @@ from meshwright.runtime import PlanError, Trainer
 from meshwright.testing import exact_random, float64
 from tests import models, noisy
 from tests.gloo import parity
-from tests.gloo.pool import Pool
+from tests.gloo.pool import OneProcess, Pool
 
 ALL = {"dp": 2, "pp": 2, "tp": 2}
 
@@ -38,15 +38,14 @@ def at_step(step: int) -> AbstractContextManager[None]:
     return exact_random(step=step)
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(("mesh", "plan", "kind"), EXACT, ids=str)
 def test_exact_equals_one_device(
-    mesh: dict[str, int], plan: dict[str, Any], kind: str, pool: Pool, tmp_path: Path
+    mesh: dict[str, int], plan: dict[str, Any], kind: str, threads: OneProcess, tmp_path: Path
 ) -> None:
     batch = models.batch("gpt2", kind)
     wanted = parity.reference(gpt2(), batch, random=at_step)
     parity.emit_case(tmp_path / "bundle", gpt2(), batch, mesh, {"random": "exact", **plan})
-    got = pool.run("tests.gloo.parity:train", (str(tmp_path / "bundle"), batch), ranks=parity.num_ranks(mesh))
+    got = threads.run("tests.gloo.parity:train", (str(tmp_path / "bundle"), batch), ranks=parity.num_ranks(mesh))
     parity.compare(got, wanted)
 
 
@@ -68,11 +67,16 @@ def noise(directory: str, seeds: list[int]) -> list[dict[str, Any]]:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("random", ["exact", "fast"])
-def test_every_kind_of_noise(random: str, pool: Pool, tmp_path: Path) -> None:
-    """By position as on one device; either way the same again for the same seed, and other losses for other steps."""
+def test_every_kind_of_noise(random: str, pool: Pool, threads: OneProcess, tmp_path: Path) -> None:
+    """By position as on one device; either way the same again for the same seed, and other losses for other steps.
+
+    Threads draw what processes draw, though they have one generator of torch's among them.
+    """
     parity.emit_case(tmp_path / "bundle", noisy.build(), noisy.batch(), ALL, {"random": random, "microbatches": 3})
-    ranks = pool.run("tests.gloo.test_random:noise", (str(tmp_path / "bundle"), [5, 5, 6]), ranks=8)
-    first, again, other = ranks[0]
+    arguments = (str(tmp_path / "bundle"), [5, 5, 6])
+    processes = pool.run("tests.gloo.test_random:noise", arguments, ranks=8)
+    torch.testing.assert_close(threads.run("tests.gloo.test_random:noise", arguments, ranks=8), processes)
+    first, again, other = processes[0]
     assert first["losses"] == again["losses"]
     assert all(torch.equal(first["gradients"][name], again["gradients"][name]) for name in first["gradients"])
     assert len({*first["losses"], *other["losses"]}) == 4, "steps and seeds draw the same"

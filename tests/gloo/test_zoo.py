@@ -3,7 +3,7 @@
 import pytest
 
 from tests.gloo.outcomes import outcome
-from tests.gloo.pool import Pool
+from tests.gloo.pool import OneProcess
 
 CASES = [
     ("Qwen2ForCausalLM", "3D zero1"),
@@ -20,12 +20,10 @@ CASES = [
 ]
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_equals_one_device(name: str, mesh: str, pool: Pool) -> None:
-    assert outcome(pool, name, mesh).startswith("exact")
+def test_equals_one_device(name: str, mesh: str, threads: OneProcess) -> None:
+    assert outcome(threads, name, mesh).startswith("exact")
 
 
-@pytest.mark.gloo
-def test_batch_statistics_are_refused_by_name(pool: Pool) -> None:
-    assert "num_batches_tracked" in outcome(pool, "ResNetForImageClassification", "dp2")
+def test_batch_statistics_are_refused_by_name(threads: OneProcess) -> None:
+    assert "num_batches_tracked" in outcome(threads, "ResNetForImageClassification", "dp2")
