@@ -53,9 +53,10 @@ class Groups:
 
     def group(self, axes: Iterable[str], stages: Stages = None) -> Group:
         """The group over ``axes``. Raises KeyError where it has one rank or was never made."""
-        found = self.find(given := tuple(axes), stages)
+        key = self._key(axes, stages)
+        found = None if key is None else self.made[key]
         if found is None:
-            raise KeyError(f"rank {self.rank} is alone over {', '.join(given)}")
+            raise KeyError(f"rank {self.rank} is alone there")
         return found
 
     def find(self, axes: Iterable[str], stages: Stages = None) -> Group | None:

@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 
 from meshwright.runtime.errors import PlanError, RankError
-from meshwright.runtime.threads import HERE, Circle, Threads
+from meshwright.runtime.meetings import Circle
+from meshwright.runtime.threads import HERE, Threads
 from meshwright.runtime.turns import Turns, restore
 
 Result = TypeVar("Result")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from meshwright import Mesh, Plan, compile_parallel
-from meshwright.runtime import run_in_one_process
+from meshwright.runtime import Trainer, run_in_one_process
 from tests import models
 from tests.gloo import bundles, test_bundles, test_runtime
 from tests.gloo.pool import Pool
@@ -53,7 +53,7 @@ def test_checkpoints_go_there_and_back(zero: int, pool: Pool, tmp_path: Path) ->
 
 def resume(bundle: str, checkpoint: str, after: str) -> float:
     """The loss of one step from a checkpoint, saved again."""
-    trainer = test_bundles.Trainer(bundle, optimizer=test_bundles.OPTIMIZERS["sgd"], device="cpu")
+    trainer = Trainer(bundle, optimizer=test_bundles.OPTIMIZERS["sgd"], device="cpu")
     trainer.load(checkpoint)
     loss = trainer.step(trainer.shard(bundles.batch())).item()
     trainer.save(after)

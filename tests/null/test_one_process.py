@@ -50,6 +50,18 @@ def test_complex_values() -> None:
     assert all(one.tolist() == [2 + 4j, 1] for one in run_in_one_process(add, 2))
 
 
+def test_a_collective_fills_what_autograd_saved_as_a_wire_does() -> None:
+    def call(rank: int) -> list[float]:
+        flat, x = torch.ones(2), torch.ones(2, requires_grad=True)
+        y = x * flat
+        _groups({"tp": 2}).group(["tp"]).begin_all_reduce(flat)()
+        y.sum().backward()
+        assert x.grad is not None
+        return x.grad.tolist()
+
+    assert run_in_one_process(call, 2) == [[2.0, 2.0]] * 2
+
+
 def test_the_same_bits_in_every_run(tmp_path: Path) -> None:
     bundle = bundles.write_bundle(tmp_path / "bundle", {**ALL, "dp": 3}, zero=2, microbatches=2)
     first, again = train(bundle, {**ALL, "dp": 3}), train(bundle, {**ALL, "dp": 3})
@@ -203,6 +215,20 @@ def test_the_first_failure_is_raised_as_it_was_and_the_others_end() -> None:
     assert error.value.__notes__ == ["on rank 1"]
     assert "raise KeyError" in "".join(traceback.format_exception(error.value))
     assert ended == [1] and left == [1, 0], "rank 0 waits, and rank 2 did not begin"
+
+
+def test_what_fails_because_another_rank_failed_is_not_the_reason() -> None:
+    def call(rank: int) -> None:
+        groups = _groups({"tp": 2})
+        if rank == 1:
+            raise KeyError("a bad batch")
+        try:
+            groups.group(["tp"]).summed(torch.ones(1))
+        finally:
+            raise ValueError("while cleaning up")
+
+    with pytest.raises(KeyError, match="a bad batch"):
+        run_in_one_process(call, 2)
 
 
 @pytest.mark.parametrize("case", test_bundles.FAILURES)
