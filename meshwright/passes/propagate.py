@@ -303,8 +303,10 @@ class _Solver:
             allowed = self.axis.features and node.op == "get_attr" and (source, target) == (I, R)
         elif value.grad:
             allowed = not self.axis.in_time
+        elif self.axis.in_time:
+            allowed = (source, target) == (P, I) and value.made_of == "inputs"  # known before the first microbatch
         else:
-            allowed = (source, target) == (P, I) or not (source == P or self.axis.in_time)
+            allowed = target == I or source != P
         return conversion_time(self.prices, value, source, target, self.axis.size) if allowed else None
 
     def _infeasible(self) -> Exception:

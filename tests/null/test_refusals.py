@@ -125,6 +125,27 @@ def test_plan_choices() -> None:
         Plan.from_dict({"zeros": 1})
 
 
+class Relative(nn.Module):
+    """A loss in parts of a detached mean of activations over the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y.pow(2).mean() * y.detach().mean().exp()  # type: ignore[no-any-return]
+
+
+def test_a_sum_over_microbatches_is_known_beforehand_only_of_inputs() -> None:
+    with pytest.raises(PlanError) as error:
+        compile_parallel(Relative(), Mesh(dp=2), example_inputs=(torch.randn(8, 4),), plan=Plan(microbatches=2))
+    assert str(error.value) == (
+        "the batch cannot be cut into microbatches without changing the result: the loss mixes samples of the batch\n"
+        "  use microbatches=1"
+    )
+
+
 def test_foreign_files_are_kept(tmp_path: Path) -> None:
     program = compile_parallel(models.build("mlp"), Mesh(dp=2), example_inputs=models.batch("mlp"))
     (tmp_path / "bundle").mkdir()
