@@ -14,7 +14,7 @@ from meshwright.codegen.emit import emit
 from meshwright.codegen.report import explain
 from meshwright.compiler.blocks import find_blocks
 from meshwright.compiler.capture import BATCH, capture
-from meshwright.compiler.check import check_request
+from meshwright.compiler.check import check_request, kept_in_eval
 from meshwright.compiler.examples import example_of
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.plan import Plan
@@ -110,7 +110,7 @@ def compile_parallel(
         parts = partition(typed, mesh.size("pp"), plan.split, priced)
         done("partition")
         unruled = without_rule(blocks, factors) if mesh.num_ranks > 1 else ()
-        lowered = lower(captured, typed, parts, mesh, plan, unruled)
+        lowered = lower(captured, typed, parts, mesh, plan, (*kept_in_eval(captured), *unruled))
         for line in lowered.warnings:
             warnings.warn(line, stacklevel=2)
         done("lower")

@@ -75,7 +75,8 @@ _T5 = {
 class Entry:
     """One class of the zoo. ``kind`` names the batch in BATCHES; ``without``: entries of that batch left out.
 
-    experts: how a mixture computes; the default is an operator of Transformers' own, which emitted code cannot import.
+    plan: choices that it cannot do without. experts: how a mixture computes; the default is an operator of
+    Transformers' own, which emitted code cannot import.
     """
 
     config_class: str
@@ -84,6 +85,7 @@ class Entry:
     without: tuple[str, ...] = ()
     extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     experts: str | None = None
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 ZOO: Mapping[str, Entry] = {
@@ -162,6 +164,7 @@ ZOO: Mapping[str, Entry] = {
         "ResNetConfig",
         {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": CLASSES, "layer_type": "basic"},
         "image",
+        plan={"batch_statistics": "microbatch"},
     ),
     # speech
     "WhisperForConditionalGeneration": Entry(

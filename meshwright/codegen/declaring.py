@@ -57,7 +57,9 @@ class Declarations:
     def _declared(self, name: str, prefix: str) -> str:
         placed = self.lowered.parameters.get(prefix + name)
         if placed is None:
-            return f"param.buffer({quoted(name)}, {tuple_text(self.lowered.buffers[prefix + name][0].shape)})"
+            kept = self.lowered.buffers[prefix + name]
+            arguments = [quoted(name), tuple_text(kept.buffer.shape), *_keywords(kept.splits)]
+            return f"param.buffer({', '.join(arguments)})"
         parts = [quoted(re.sub(r"\[\d+:\d+\]$", "", name)), tuple_text(placed.parameter.shape)]
         if placed.segment is not None:
             parts.append(f"segment=({placed.segment.dim}, {placed.segment.start}, {placed.segment.length})")

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from meshwright.compiler.graph import Function, is_multiple
+from meshwright.compiler.written import is_writer
 from meshwright.passes.reshard import conversion_of
 from meshwright.passes.rows import PIECE, operands
 
@@ -81,7 +82,7 @@ def _may_fold(function: Function, node: fx.Node, user: fx.Node) -> bool:
         return False
     if is_bias(node, user):
         return True
-    if conversion_of(user) or _takes_parameter(node):
+    if conversion_of(user) or (_takes_parameter(node) and not is_writer(user)):
         return False
     if node.target in FOLDED_VIEWS:
         return not _takes_parameter(user) or user.target in FOLDED_VIEWS

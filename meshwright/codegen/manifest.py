@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from meshwright.codegen.edges import axes_of
-from meshwright.compiler.graph import Function, Value
-from meshwright.compiler.program import Edge, Lowered, Placed, Stage
+from meshwright.compiler.graph import Buffer, Function, Value
+from meshwright.compiler.program import Edge, Kept, Lowered, Placed, Stage
 from meshwright.compiler.types import Held, I, Size
 from meshwright.passes.reshard import conversion_of
 from meshwright.runtime.actions import render
@@ -33,6 +33,7 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
             "recompute": plan.recompute,
             "precision": plan.precision,
             "random": plan.random,
+            "batch_statistics": plan.batch_statistics,
         },
         "symbols": {str(symbol): size for symbol, size in lowered.capture.symbols.items()},
         "fixed": list(lowered.capture.fixed),
@@ -51,13 +52,8 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
         "loss": {"stage": last, "types": _types(lowered.loss, axes_of(lowered))},
         "stages": [_stage(lowered, stage, edges) for stage in lowered.stages],
         "buffers": {
-            name: {
-                "shape": list(buffer.shape),
-                "dtype": _dtype(buffer.dtype),
-                "stages": list(stages),
-                "persistent": buffer.persistent,
-            }
-            for name, (buffer, stages) in lowered.buffers.items()
+            **{name: _buffer(kept.buffer, kept) for name, kept in lowered.buffers.items()},
+            **{name: _buffer(b) for name, b in lowered.capture.buffers.items() if name not in lowered.buffers},
         },
         "parameters": _parameters(lowered),
         "random": {
@@ -93,6 +89,21 @@ def _stage(lowered: Lowered, stage: Stage, edges: Mapping[str, str]) -> dict[str
         "sends": {edges[e.name]: edge(e, to=list(e.destinations)) for e in stage.sends},
         "schedule": render(stage.schedule, "stage"),
     }
+
+
+def _buffer(buffer: Buffer, kept: Kept | None = None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"shape": list(buffer.shape), "dtype": _dtype(buffer.dtype)}
+    if kept is not None and kept.splits:
+        entry["types"] = {axis: str(type_) for axis, type_ in kept.splits.items()}
+    entry["stages"] = list(kept.stages) if kept is not None else []
+    entry["persistent"] = buffer.persistent
+    if buffer.aliases:
+        entry["aliases"] = list(buffer.aliases)
+    if buffer.initial is not None:
+        entry["init"] = {"op": buffer.initial[0], "args": list(buffer.initial[1])}
+    if buffer.read_after_written is not None:
+        entry["read_after_written"] = buffer.read_after_written
+    return entry
 
 
 def _parameters(lowered: Lowered) -> dict[str, Any]:

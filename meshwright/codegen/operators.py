@@ -19,7 +19,7 @@ from meshwright.codegen.spelling import (
     reduction,
     runtime,
 )
-from meshwright.runtime import random
+from meshwright.runtime import buffers, random
 
 aten = torch.ops.aten
 
@@ -153,6 +153,11 @@ def _in_training(position: int) -> Spelling:
     return write
 
 
+def _batch_norm(use: Use) -> Text:
+    """Without running statistics those of the batch normalize in evaluation too."""
+    return runtime(use) if use.args[1] is None else _in_training(5)(use)
+
+
 def _drawn(use: Use) -> Text:
     """Noise of a shape of its own, as a rank has it."""
     assert use.result is not None
@@ -192,6 +197,8 @@ SPELLINGS: Mapping[Any, Spelling] = {
     aten.embedding.default: _embedding,
     aten.scaled_dot_product_attention.default: _attention,
     F.cross_entropy: _cross_entropy,
+    buffers.batch_norm: _batch_norm,
+    buffers.store: _in_training(2),
     random.dropout: _in_training(2),
     random.feature_dropout: _in_training(2),
     random.alpha_dropout: _in_training(2),
@@ -220,6 +227,7 @@ SPELLINGS: Mapping[Any, Spelling] = {
     aten.unsqueeze.default: method("unsqueeze"),
     aten.squeeze.dim: method("squeeze"),
     aten.permute.default: _permute,
+    aten.clone.default: method("clone"),
     aten.detach.default: method("detach"),
     aten.masked_fill.Scalar: _masked_fill,
     aten.pow.Tensor_Scalar: method("pow"),

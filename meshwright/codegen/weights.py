@@ -19,7 +19,7 @@ def write_weights(lowered: Lowered, directory: Path) -> None:
         *lowered.buffers,
         *(n for n, b in lowered.capture.buffers.items() if n not in lowered.buffers),
     ]
-    owners = dict.fromkeys(lowered.buffers[n][0].name if n in lowered.buffers else n for n in names)
+    owners = dict.fromkeys(lowered.buffers[n].buffer.name if n in lowered.buffers else n for n in names)
     real = [name for name in owners if name in tensors and not tensors[name].is_meta]
     if not real:
         return

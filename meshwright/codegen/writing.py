@@ -62,6 +62,7 @@ class _Writer:
         self.function, self.axes, self.calls = function, axes, calls
         self.lines: list[Line] = []
         self.section = self.margin_above = self.returned = ""
+        self.num_calls = 0
         self.folded = folded(function)
         self.sizes = Sizes(function=function, names=names, axes=axes)
         self.names = Names(function, names, last_uses(function, self.folded), self._insert_alias)
@@ -71,6 +72,7 @@ class _Writer:
 
     def write(self) -> Body:
         nodes = [n for n in self.function.graph.nodes if n.op in ("call_function", "call_module")]
+        self.num_calls = len(nodes)
         for position, node in enumerate(nodes):
             if node not in self.folded and node.target is not operator.getitem:
                 self._line(node, position)
@@ -99,10 +101,17 @@ class _Writer:
         elif getattr(node.target, "__name__", "") == "shard_range":
             ends = sorted(node.users, key=lambda u: int(u.args[1]))  # type: ignore[arg-type]
             self._emit(f"{', '.join(self.names.take(end, position) for end in ends)} = {code}", None)
-        elif self.function.results() == (node,) and len(node.users) == 1 and conversion_of(node) is None:
+        elif self._is_returned(node, position):
             self.returned = code
+        elif not node.users:
+            self._emit(code, None)
         else:
             self._emit(f"{self.names.take(node, position)} = {code}", node)
+
+    def _is_returned(self, node: fx.Node, position: float) -> bool:
+        """Whether the line of a value is the function's last one."""
+        alone = self.function.results() == (node,) and len(node.users) == 1 and conversion_of(node) is None
+        return alone and position == self.num_calls - 1
 
     def _fitted(self, node: fx.Node, position: float) -> str:
         """The code of a line; what is too much for it gets lines of its own first."""

@@ -17,6 +17,7 @@ from torch.fx.node import map_aggregate
 from meshwright.compiler.frames import module_stack
 from meshwright.compiler.graph import Block, Capture, Function
 from meshwright.compiler.plan import Plan
+from meshwright.compiler.written import writes
 
 MIN_OPERATORS = 3
 """Smaller repeated modules (a lone activation in a Sequential) read better inline."""
@@ -84,7 +85,9 @@ def _candidates(function: Function) -> list[tuple[str, str]]:
 
 
 def _instance(function: Function, path: str, class_name: str, inside: list[fx.Node]) -> _Instance | None:
-    """The nodes of one module as a piece that can be cut out; None if it is small or interleaved with others."""
+    """The nodes of one module as a piece that can be cut out; None if it is small, interleaved with others, or writes
+    to a buffer that others use too.
+    """
     members = set(inside)
     attributes = [
         node
@@ -105,6 +108,8 @@ def _instance(function: Function, path: str, class_name: str, inside: list[fx.No
             outside_after.add(node)
     own = {*members, *attributes}
     inputs = dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in own)
+    if any(buffer not in own for node in inside for buffer in writes(node)):
+        return None
     outputs = tuple(node for node in inside if any(user not in members for user in node.users))
     if any(node not in function.values for node in (*inputs, *outputs)):
         return None

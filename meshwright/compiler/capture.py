@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import replace
 from typing import Any, Literal
 
 import sympy
@@ -14,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from meshwright.compiler.decompose import Known
 from meshwright.compiler.errors import PlanError, UnsupportedError
@@ -24,6 +26,7 @@ from meshwright.compiler.normalize import normalize
 from meshwright.compiler.precision import RealIndices, float64
 from meshwright.compiler.random import refusing_other_generators
 from meshwright.compiler.tables import function_of
+from meshwright.compiler.written import CUMULATIVE, read_after_written
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 BATCH = sympy.Symbol("B", positive=True, integer=True)
@@ -40,11 +43,29 @@ class _Step(nn.Module):
         self.loss_fn = loss_fn
 
     def forward(self, *leaves: Any) -> torch.Tensor:
-        batch = self.rebuild(leaves)
+        with _assigned_in_place(self.model):
+            return self._loss(self.rebuild(leaves))
+
+    def _loss(self, batch: Any) -> torch.Tensor:
         if self.loss_fn is not None:
             return self.loss_fn(self.model, batch)
         result = self.model(**batch) if isinstance(batch, Mapping) else self.model(*batch)
         return result if isinstance(result, torch.Tensor) else getattr(result, "loss", None)  # type: ignore[return-value]
+
+
+@contextmanager
+def _assigned_in_place(model: nn.Module) -> Iterator[None]:
+    """What forward assigns to a registered buffer is copied into it at the end: export sees no assignments."""
+    before = [
+        (module, name, buffer) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
+    ]
+    yield
+    for module, name, buffer in before:
+        now = getattr(module, name)
+        if now is not buffer:
+            with torch.no_grad():
+                buffer.copy_(now)
+            setattr(module, name, buffer)
 
 
 def capture(
@@ -76,7 +97,7 @@ def capture(
     step = _Step(model, rebuild, loss_fn)
     batch_size = _batch_size(leaves)
     reading = float64() if precision == "fp64" else nullcontext()
-    with _training(model), reading, RealIndices(), refusing_other_generators():
+    with _training(model) as in_eval, reading, RealIndices(), refusing_other_generators():
         exported, fixed = _export(step, leaves, batch_size, {names[i]: i for i in range(len(names))})
     renaming = _symbols(exported, leaves, batch_size)
     attributes, parameters, buffers, tensors = _state(exported, model)
@@ -84,6 +105,7 @@ def capture(
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     tensor_names = [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
     constants: dict[fx.Node, torch.Tensor] = {}
+    registered: set[fx.Node] = set()
     input_names: dict[fx.Node, str] = {}
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         if spec.kind == InputKind.USER_INPUT:
@@ -91,18 +113,25 @@ def capture(
                 input_names[node] = tensor_names[len(input_names)]
         elif spec.kind == InputKind.CONSTANT_TENSOR and spec.target in exported.constants:
             constants[node] = exported.constants[spec.target]
+        elif spec.kind == InputKind.BUFFER:
+            registered.add(node)
     _check_loss(graph)
     segments: dict[str, tuple[str, Segment]] = {}
     sites: dict[str, Site] = {}
-    normalize(exported.graph_module, constants, attributes, segments if segment else None, sites, is_known)
+    normalize(exported.graph_module, constants, attributes, registered, segments if segment else None, sites, is_known)
     trainable = {name: p.trainable for name, p in parameters.items()}
     function = function_of(graph, renaming, input_names, attributes, trainable, segments, set(sites))
+    after = read_after_written(function)
     used = {segments[name][0] if name in segments else name for name in function.attributes()}
     return Capture(
         model=type(model).__name__,
         function=function,
         parameters=parameters,
-        buffers={name: buffer for name, buffer in buffers.items() if name in used},
+        buffers={
+            name: replace(buffer, read_after_written=after.get(name))
+            for name, buffer in buffers.items()
+            if name in used or buffer.persistent
+        },
         inputs=tuple(_input(name, leaf, batch_size, function) for name, leaf in zip(names, given, strict=True)),
         input_tree=tree,
         symbols={symbol: size for symbol, size in _sizes(leaves, batch_size).items() if symbol in renaming.values()},
@@ -110,6 +139,7 @@ def capture(
         tensors=tensors,
         segments=segments,
         sites={name: site for name, site in sites.items() if name in used},
+        in_eval=in_eval,
     )
 
 
@@ -304,8 +334,9 @@ def _state(
             )  # fmt: skip
         else:
             buffers[name] = Buffer(
-                name=name, shape=shape, dtype=tensor.dtype, persistent=name in persistent, aliases=others
-            )
+                name=name, shape=shape, dtype=tensor.dtype, persistent=name in persistent, aliases=others,
+                initial=initial.get(name),
+            )  # fmt: skip
     canonical = {alias: names[0] for names in aliases.values() for alias in names}
     attributes: dict[fx.Node, str] = {}
     nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
@@ -332,12 +363,22 @@ def _input(name: str, leaf: Any, batch_size: int, function: Any) -> Input:
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """The model in training mode, and every module as it was afterwards."""
+def _training(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """The model as it trains, and every module as it was afterwards; the modules that stay in eval mode meanwhile.
+
+    A model in eval mode trains as a whole; in one that is in training mode each module keeps its mode. Batch
+    normalization that averages over all batches would read in Python how many there were: a constant stands for that.
+    """
     before = {module: module.training for module in model.modules()}
-    model.train()
+    averaging = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.momentum is None]
+    if not model.training:
+        model.train()
+    for norm in averaging:
+        norm.momentum = CUMULATIVE
     try:
-        yield
+        yield tuple(name for name, module in model.named_modules() if not module.training)
     finally:
+        for norm in averaging:
+            norm.momentum = None
         for module, mode in before.items():
             module.training = mode

@@ -35,6 +35,18 @@ def check_request(capture: Capture, mesh: Mesh, plan: Plan) -> None:
                 plan.pinned(name, axis)
 
 
+def kept_in_eval(capture: Capture) -> tuple[str, ...]:
+    """A line where modules of a model in training mode are in eval mode: they were left so, or forgotten."""
+    names = [name for name in capture.in_eval if name.rpartition(".")[0] not in capture.in_eval]
+    if not names:
+        return ()
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{', '.join(names[:3])}{more}: in eval mode inside a model in training mode, and compiled so (no dropout, "
+        "running statistics)\n  call model.train() first to train them",
+    )
+
+
 def _near(pattern: str, names: list[str]) -> str:
     near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.3)
     return f"  near it: {', '.join(near)}" if near else "  a pattern is a name with * and ?, as in '*.up_proj.weight'"

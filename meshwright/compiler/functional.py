@@ -6,7 +6,7 @@ later readers of the base get it, later readers of a view get the view taken aga
 functorch, on an exported graph and keeping its composite operators.)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,26 +22,35 @@ from meshwright.compiler.rewriting import (
     shape_of,
     storage_of,
     with_gradient,
+    writes_elsewhere,
 )
+from meshwright.compiler.written import detach_stored, new_store
 
 
-def functionalize(graph: fx.Graph, held: Mapping[fx.Node, str]) -> None:
+def functionalize(graph: fx.Graph, held: Mapping[fx.Node, str], buffers: Set[fx.Node] = frozenset()) -> None:
     """Replace every in-place operator of ``graph`` and what is read after it.
 
-    held: placeholders of parameters and buffers with their names. Raises UnsupportedError for a write to one of them,
-    through a view that cannot be taken back, or by an operator without a pure form; it names the line.
+    held: placeholders of parameters and buffers with their names. buffers: those of them that the model registered,
+    whose last version is stored. Raises UnsupportedError for a write to another, through a view that cannot be taken
+    back, or by an operator without a pure form; it names the line.
     """
-    if not any(is_in_place(node) for node in graph.nodes):
+    if not any(is_in_place(node) or writes_elsewhere(node) for node in graph.nodes):
         return
-    memory = _Memory(held=held, learning=with_gradient(graph))
+    memory = _Memory(held=held, buffers=buffers, learning=with_gradient(graph))
     for node in list(graph.nodes):
         first = node.args[0] if node.args else None
         if node.op in ("call_function", "output"):
             memory.refresh(node)
         if is_in_place(node):
             memory.write(node, first)  # type: ignore[arg-type]
+        elif writes_elsewhere(node):
+            raise UnsupportedError(
+                f"{node.target} {place(node)} writes to an argument behind its first, which is not supported\n"
+                "  write it without out="
+            )
         else:
             memory.note(node, first)
+    detach_stored(graph)
 
 
 @dataclass(slots=True)
@@ -49,11 +58,13 @@ class _Memory:
     """Storages: the first value of each and how often it was written to; what each value was a view of, and is now."""
 
     held: Mapping[fx.Node, str]
+    buffers: Set[fx.Node]
     learning: set[fx.Node]
     bases: dict[int, fx.Node] = field(default_factory=dict)
     versions: dict[int, int] = field(default_factory=dict)
     known: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
     sources: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    stored: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def note(self, node: fx.Node, first: Any) -> None:
         """A value that is new, or a view of its first argument."""
@@ -93,9 +104,11 @@ class _Memory:
         storage = storage_of(changed)
         assert storage is not None
         base = self.bases[storage]
-        if base in self.held:
-            where = f"{_name(node)} {place(node)}"
-            raise UnsupportedError(f"{where} writes to {self.held[base]!r}, which is not supported yet")
+        if base in self.held and base not in self.buffers:
+            raise UnsupportedError(
+                f"{_name(node)} {place(node)} writes to {self.held[base]!r}, which is no buffer of the model\n"
+                "  forward may write to buffers: keep it with register_buffer"
+            )
         result = _pure(node)
         written, view = result, changed
         while view is not base:
@@ -111,6 +124,10 @@ class _Memory:
         self.versions[storage] += 1
         self.known[base, self.versions[storage]] = written
         self.known[changed, self.versions[storage]] = result
+        if base in self.buffers:
+            if base in self.stored:
+                node.graph.erase_node(self.stored[base])
+            self.stored[base] = new_store(base, written, node)
         # What the operator returns is what it changed.
         for user in list(node.users):
             user.replace_input_with(node, changed)

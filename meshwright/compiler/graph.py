@@ -132,13 +132,19 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffer:
-    """A buffer that the program reads. ``persistent``: whether ``state_dict()`` has it."""
+    """A buffer that the program reads, or that ``state_dict()`` has: then it is ``persistent``.
+
+    read_after_written: where forward writes it, if what it writes has an effect on the loss of the same forward.
+    initial: as for a parameter.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     persistent: bool
     aliases: tuple[str, ...] = ()
+    read_after_written: str | None = None
+    initial: tuple[str, tuple[float, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +186,7 @@ class Capture:
     fixed: sizes that had to stay fixed, with the reason.
     segments: the pieces of fused parameters, by the names they have in graphs ("...weight[0:64]").
     sites: what random operators draw from, by the names they have in graphs.
+    in_eval: the modules that were in eval mode inside a model in training mode.
     """
 
     model: str
@@ -193,3 +200,4 @@ class Capture:
     tensors: Mapping[str, torch.Tensor]
     segments: Mapping[str, tuple[str, Segment]] = field(default_factory=dict)
     sites: Mapping[str, Site] = field(default_factory=dict)
+    in_eval: tuple[str, ...] = ()

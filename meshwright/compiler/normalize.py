@@ -5,7 +5,7 @@ graph is
 still torch.export's own here, with fake tensors in ``node.meta["val"]``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from meshwright.compiler.graph import Segment, Site
 from meshwright.compiler.masks.causal import is_causal
 from meshwright.compiler.random import Sites, is_random
 from meshwright.compiler.rewriting import arguments_of, aten, insert, place, shape_of, static, with_gradient
+from meshwright.compiler.written import NORMALIZATIONS, is_writer, keep_old_values, keep_statistics
 
 Rewrite = Callable[[fx.Node], fx.Node | None]
 
@@ -29,6 +30,7 @@ def normalize(
     module: fx.GraphModule,
     constants: Mapping[fx.Node, torch.Tensor],
     attributes: Mapping[fx.Node, str],
+    buffers: Set[fx.Node],
     segments: dict[str, tuple[str, Segment]] | None,
     sites: dict[str, Site],
     is_known: Known,
@@ -36,17 +38,19 @@ def normalize(
     """Rewrite the graph of ``module`` in place.
 
     constants: placeholders of tensors that the model's code made, with their values. attributes: placeholders of
-    parameters and buffers with their names. segments: filled with the parts of unevenly fused parameters, which are
-    then read one by one; None leaves them whole. sites: filled with what random operators draw from. is_known: which
-    composite operators stay as they are.
+    parameters and buffers with their names. buffers: those of registered buffers. segments: filled with the parts of
+    unevenly fused parameters, which are then read one by one; None leaves them whole. sites: filled with what random
+    operators draw from. is_known: which composite operators stay as they are.
     Raises UnsupportedError for random operators that are not supported, and for in-place operations that have no pure
     form.
     """
     graph = module.graph
     _inline_submodules(module)
     _refuse_foreign(graph, is_known)
-    decompose(graph, lambda target: target in _REWRITES or target in FUSIONS or is_random(target) or is_known(target))
-    functionalize(graph, attributes)
+    ours = {*_REWRITES, *FUSIONS, *NORMALIZATIONS}
+    decompose(graph, lambda target: target in ours or is_random(target) or is_known(target))
+    keep_statistics(graph, attributes, buffers)
+    functionalize(graph, attributes, buffers)
     _drop_needless_detaches(graph)
     rewrites: dict[Any, Rewrite] = {**_REWRITES, **FUSIONS}
     rewrites[aten.cat.default] = _drop_empty_parts
@@ -73,6 +77,7 @@ def normalize(
         remove_dead(graph)
     _share(graph)
     remove_dead(graph)
+    keep_old_values(graph, attributes)
 
 
 def _refuse_foreign(graph: fx.Graph, is_known: Known) -> None:
@@ -88,9 +93,9 @@ def _refuse_foreign(graph: fx.Graph, is_known: Known) -> None:
 
 
 def remove_dead(graph: fx.Graph) -> None:
-    """Remove every node without users, asserts included; placeholders stay."""
+    """Remove every node without users, asserts included; placeholders and what writes to buffers stay."""
     for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users:
+        if node.op not in ("placeholder", "output") and not node.users and not is_writer(node):
             graph.erase_node(node)
 
 
@@ -298,7 +303,7 @@ def _share(graph: fx.Graph) -> None:
     """Compute once what the same module computes twice from the same values."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or is_writer(node):
             continue
         scope = tuple(path for path, _ in node.meta.get("nn_module_stack", {}).values())
         key = repr((str(node.target), map_arg((node.args, dict(node.kwargs)), lambda n: _Name(n.name)), scope))

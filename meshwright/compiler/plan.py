@@ -12,6 +12,7 @@ from meshwright.compiler.types import Type, parse_type
 
 SCHEDULES = ("gpipe", "1f1b")
 RANDOM = ("fast", "exact")
+BATCH_STATISTICS = ("batch", "microbatch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,9 @@ class Plan:
     compile: True lets the runtime torch.compile the blocks.
     random: what dropout and noise draw by: "fast" by torch's own generator, seeded for each piece of a tensor; "exact"
     by the position of each element, the same on every mesh.
+    batch_statistics: what forward takes the statistics of that batch norms divide by and buffers keep: "batch", the
+    whole batch of a step, which cannot be had in several microbatches; "microbatch", each by itself (over all dp ranks)
+    and one after the other, as one device does that accumulates gradients over microbatches.
     pins: types at rest of parameters by name pattern, as in {"*.up_proj.weight": {"tp": "S(0)"}}; whole is "I".
     """
 
@@ -41,6 +45,7 @@ class Plan:
     precision: Literal["fp64"] | None = None
     compile: bool = False
     random: Literal["fast", "exact"] = "fast"
+    batch_statistics: Literal["batch", "microbatch"] = "batch"
     pins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,6 +67,9 @@ class Plan:
             raise UnsupportedError("compile=True is not supported yet: use False")
         if self.random not in RANDOM:
             raise PlanError(f"random={self.random!r}: random numbers are drawn {' or '.join(map(repr, RANDOM))}")
+        if self.batch_statistics not in BATCH_STATISTICS:
+            chosen = f"batch_statistics={self.batch_statistics!r}"
+            raise PlanError(f"{chosen}: statistics are of the whole {' or of each '.join(BATCH_STATISTICS)}")
         for pattern, types in self.pins.items():
             for axis, text in types.items():
                 if axis not in AXES or axis == "pp":

@@ -25,6 +25,15 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A buffer as the ranks hold it: how it is split, by axis, and the stages that use it."""
+
+    buffer: Buffer
+    splits: Mapping[str, Type]
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
     """A site of a random operator: how the tensor that it draws is split, by axis, and the stages that draw it."""
 
@@ -80,7 +89,7 @@ class Lowered:
     blocks: Mapping[str, Block]
     stages: tuple[Stage, ...]
     parameters: Mapping[str, Placed]
-    buffers: Mapping[str, tuple[Buffer, tuple[int, ...]]]
+    buffers: Mapping[str, Kept]
     random: Mapping[str, Drawn]
     loss: Value
     warnings: tuple[str, ...] = ()

@@ -84,6 +84,14 @@ def is_in_place(node: fx.Node) -> bool:
     return first is not None and first.is_write and node.target is not aten.detach_.default
 
 
+def writes_elsewhere(node: fx.Node) -> bool:
+    """Whether an operator changes an argument behind its first, as with ``out=``."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    rest = node.target._schema.arguments[1:]
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in rest)
+
+
 def static(size: Any) -> bool:
     """Whether a size is a plain number."""
     return not isinstance(size, torch.SymInt)

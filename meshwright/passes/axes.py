@@ -15,7 +15,14 @@ def axes_of(capture: Capture, mesh: Mesh, plan: Plan) -> tuple[Axis, ...]:
     microbatches = plan.num_microbatches(mesh.size("pp"))
     axes = (
         Axis(name="dp", size=mesh.size("dp"), seeds=batched, features=False),
-        Axis(name=MICROBATCH_AXIS, size=microbatches, seeds=batched, features=False, in_time=True),
+        Axis(
+            name=MICROBATCH_AXIS,
+            size=microbatches,
+            seeds=batched,
+            features=False,
+            in_time=True,
+            by_microbatch=plan.batch_statistics == "microbatch",
+        ),
         Axis(name="tp", size=mesh.size("tp"), seeds=sequences if plan.sequence_parallel else {}, features=True),
     )
     return tuple(axis for axis in axes if axis.size > 1)

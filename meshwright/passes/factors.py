@@ -41,7 +41,8 @@ class Factor:
 
     whole: it must not be split. equal: its pieces must be equally long. mean: it is averaged over, not summed.
     pieces: computing with a piece of it takes lines of its own, by this name (see ``meshwright.passes.pieces``).
-    invariant: those lines end with the whole result.
+    invariant: those lines end with the whole result. synchronized: the operator computes with a piece if it is told the
+    axis (``over=``), for it takes statistics of all.
     """
 
     size: Size
@@ -52,6 +53,7 @@ class Factor:
     mean: bool = False
     pieces: str | None = None
     invariant: bool = False
+    synchronized: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

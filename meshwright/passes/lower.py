@@ -3,18 +3,18 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
 
 from meshwright.compiler.blocks import Blocks
-from meshwright.compiler.errors import InternalError, PlanError
+from meshwright.compiler.errors import InternalError, PlanError, UnsupportedError
 from meshwright.compiler.graph import Capture, Function, Value
 from meshwright.compiler.mesh import MICROBATCH_AXIS, Mesh
 from meshwright.compiler.plan import Plan
-from meshwright.compiler.program import Edge, Lowered, Placed, Stage
+from meshwright.compiler.program import Edge, Kept, Lowered, Placed, Stage
 from meshwright.compiler.types import Held, I, R, S, Type
+from meshwright.compiler.written import is_writer, writes
 from meshwright.passes.drawn import drawn
 from meshwright.passes.partition import Partition
 from meshwright.passes.schedule import PEAKS, schedule
@@ -31,6 +31,7 @@ def lower(
     microbatches = plan.num_microbatches(num_stages)
     loss = blocks.main.results()[0]
     cutters = [_Cutter(blocks, parts, k, loss) for k in range(num_stages)]
+    _place_stores(blocks.main, parts, cutters)
     received = [cutter.received for cutter in cutters]
     edges = _edges(blocks.main, parts, received)
     functions = [
@@ -54,6 +55,7 @@ def lower(
         for k, cutter in enumerate(cutters)
     )
     parameters, buffers = _placed(capture, blocks, stages, plan, mesh)
+    _check_written(blocks.main, parts, buffers)
     random = drawn(capture, blocks, stages)
     return Lowered(
         capture=capture,
@@ -96,9 +98,9 @@ class _Cutter:
         self.prepared: dict[fx.Node, str] = {}
         self.order = list(self.main.graph.nodes)
         for node in own:
-            self._need(node)
+            self.need(node)
 
-    def _need(self, node: fx.Node) -> None:
+    def need(self, node: fx.Node) -> None:
         if node in self.needed or node in self.prepared:
             return
         if node in self.stage and self.stage[node] != self.index:
@@ -109,7 +111,7 @@ class _Cutter:
             return
         self.needed.add(node)
         for used in node.all_input_nodes:
-            self._need(used)
+            self.need(used)
 
     def _name_of_prepared(self, node: fx.Node) -> str:
         """What the user calls it, apart from what forward takes: ``mask = mask.sum()`` names a sum like an input."""
@@ -148,6 +150,11 @@ class _Cutter:
                 return
             for used in node.all_input_nodes:
                 visit(used)
+            if is_writer(node):
+                raise UnsupportedError(
+                    f"{_path(self.main, node)} writes to {str(writes(node)[0].target)!r} for what the loss of the "
+                    "whole batch is divided by, which is not supported"
+                )
             copies[node] = graph.node_copy(node, lambda n: copies[n])
             if node.target in (all_reduce, part_of_mean):  # all microbatches at once: nothing to add up, no part
                 first, *axes = copies[node].args
@@ -171,6 +178,22 @@ def _at_once(value: Value) -> Value:
     return replace(value, types={axis: t for axis, t in value.types.items() if axis != MICROBATCH_AXIS})
 
 
+def _place_stores(main: Function, parts: Partition, cutters: list[_Cutter]) -> None:
+    """What is stored without data is computed wherever the buffer is used, or with what runs next if it is nowhere."""
+    order = list(main.graph.nodes)
+    for position, node in enumerate(order):
+        if is_writer(node) and not node.users and node not in parts.stage:
+            using = [cutter for cutter in cutters if writes(node)[0] in cutter.needed]
+            following = (parts.stage[other] for other in order[position:] if other in parts.stage)
+            for cutter in using or [cutters[next(following, -1)]]:
+                cutter.need(node)
+
+
+def _path(main: Function, node: fx.Node) -> str:
+    origin = main.origins.get(node)
+    return (origin.module_path if origin else "") or "the model"
+
+
 def _is_prepared(main: Function, node: fx.Node) -> bool:
     """Whether a node is the last of the conversions that sum a value of the inputs alone over replicas or
     microbatches.
@@ -178,6 +201,8 @@ def _is_prepared(main: Function, node: fx.Node) -> bool:
     if node.target is not all_reduce or node.args[1] not in ("dp", MICROBATCH_AXIS):
         return False
     value = main.values[node]
+    if value.types.get(MICROBATCH_AXIS, I) == R:
+        return False  # each microbatch by itself
     return value.made_of == "inputs" and not any(user.target is all_reduce for user in node.users)
 
 
@@ -205,7 +230,7 @@ def _tables(main: Function, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node]) 
 
 def _placed(
     capture: Capture, blocks: Blocks, stages: tuple[Stage, ...], plan: Plan, mesh: Mesh
-) -> tuple[dict[str, Placed], dict[str, tuple[Any, tuple[int, ...]]]]:
+) -> tuple[dict[str, Placed], dict[str, Kept]]:
     """Parameters and buffers with the stages that use them, in the model's order."""
     users: dict[str, tuple[Value, dict[int, None]]] = {}
     for stage in stages:
@@ -219,7 +244,7 @@ def _placed(
                         if attribute.op == "get_attr":
                             _use(users, f"{node.target}.{attribute.target}", inner.values[attribute], stage.index)
     parameters: dict[str, Placed] = {}
-    buffers: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    buffers: dict[str, Kept] = {}
     for name, (value, where) in users.items():
         if name in capture.sites:
             continue
@@ -231,7 +256,8 @@ def _placed(
             }
             parameters[name] = Placed(parameter=parameter, held=held, stages=tuple(where), segment=segment)
         else:
-            buffers[name] = (capture.buffers[owner], tuple(where))
+            splits = {axis: type_ for axis, type_ in value.types.items() if type_.is_split}
+            buffers[name] = Kept(buffer=capture.buffers[owner], splits=splits, stages=tuple(where))
     order = {name: i for i, name in enumerate(capture.parameters)}
 
     def position(name: str) -> tuple[int, int]:
@@ -239,6 +265,19 @@ def _placed(
         return order[placed.parameter.name], placed.segment.start if placed.segment else 0
 
     return {name: parameters[name] for name in sorted(parameters, key=position)}, buffers
+
+
+def _check_written(main: Function, parts: Partition, buffers: Mapping[str, Kept]) -> None:
+    """Raises PlanError for a buffer that one stage writes to, with data that others do not have, and another uses."""
+    for node in main.graph.nodes:
+        for name in (str(buffer.target) for buffer in writes(node) if node in parts.stage):
+            stages = buffers[name].stages
+            if len(stages) > 1:
+                others = ", ".join(str(stage) for stage in stages if stage != parts.stage[node])
+                raise PlanError(
+                    f"stage {parts.stage[node]} writes to the buffer {name!r} ({_path(main, node)}), and stage "
+                    f"{others} uses it too\n  choose a split that keeps them together, or a smaller pp"
+                )
 
 
 def _use(users: dict[str, tuple[Value, dict[int, None]]], name: str, value: Value, stage: int) -> None:

@@ -12,6 +12,7 @@ from meshwright.compiler.blocks import Blocks
 from meshwright.compiler.errors import PlanError
 from meshwright.compiler.frames import module_stack
 from meshwright.compiler.graph import Function
+from meshwright.compiler.written import writes
 from meshwright.passes.cost import Prices, compute_time, holding_time
 from meshwright.passes.rows import operands, results
 
@@ -114,8 +115,13 @@ def _boundaries(main: Function, units: list[fx.Node]) -> list[int]:
 
 
 def _can_cross(main: Function, units: list[fx.Node], position: int) -> bool:
-    """Whether everything that crosses is whole or split: partial and replicated values stay in a stage."""
+    """Whether everything that crosses is whole or split: partial and replicated values stay in a stage, and so does a
+    buffer with all that use it, if one writes to it.
+    """
     before, after = set(units[:position]), set(units[position:])
+    for buffer in {buffer for node in units for buffer in writes(node)}:
+        if before.intersection(buffer.users) and after.intersection(buffer.users):
+            return False
     for node in before:
         if any(user in after for user in node.users):
             if node not in main.values or any(t.kind in "PR" for t in main.values[node].types.values()):

@@ -32,7 +32,8 @@ def check_rule(
 
     rule: a Rule, a function of the Call, or None for the rule of a pointwise operator. args: the call's arguments; the
     sizes of dims to be split are multiples of ``pieces``, or what the rule allows to be cut unevenly, which is proven
-    with one piece more. Factors that name ``pieces`` lines of their own are left to them.
+    with one piece more. Factors that name ``pieces`` lines of their own are left to them, and synchronized ones to the
+    operator.
     fixed: operands, by position, that the operator has no gradient for.
     Raises PlanError that names the factor where the pieces do not give the whole.
     """
@@ -54,7 +55,7 @@ def check_rule(
     proven = 0
     values = (*(value for value in call.operands if value is not None), *call.results)
     for factor in factors.factors:
-        if factor.whole or factor.pieces is not None:
+        if factor.whole or factor.pieces is not None or factor.synchronized:
             continue
         for count in (pieces, pieces + 1):
             if (count == pieces or factor.size % count) and is_cuttable(factor, 1, count, values):

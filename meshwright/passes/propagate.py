@@ -16,6 +16,7 @@ from meshwright.compiler.errors import InternalError, PlanError, UnsupportedErro
 from meshwright.compiler.graph import Function, Value
 from meshwright.compiler.text import function_text
 from meshwright.compiler.types import I, P, R, S, Type
+from meshwright.compiler.written import ONCE_PER_STEP, is_writer, is_written, only_stored, writes
 from meshwright.passes.cost import Prices, compute_time, conversion_time, holding_time, is_conversion
 from meshwright.passes.factors import Factors
 from meshwright.passes.rows import (
@@ -41,7 +42,8 @@ class Axis:
     """One axis to infer types for.
 
     seeds: input -> the dim of it that starts split: the batch, or the sequence where that is permitted.
-    features: whether dims of parameters may be split. in_time: no communication in the forward.
+    features: whether dims of parameters may be split. in_time: no communication in the forward. by_microbatch: batch
+    statistics, and what is stored in buffers, are those of each microbatch by itself.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Axis:
     seeds: Mapping[str, int]
     features: bool
     in_time: bool = False
+    by_microbatch: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,7 @@ class _Solver:
         self.function, self.axis, self.prices, self.pins, self.blocks = function, axis, prices, pins, blocks
         self.given = dict(boundary)
         self.every, self.factors = every, every[name]
+        self.by_itself = only_stored(function.graph) if axis.by_microbatch else set()
         self.carried = self._carry_seed()
         self.found = candidates(function, self.factors, self._seeds(), axis.size)
 
@@ -209,6 +213,14 @@ class _Solver:
     # The problem
 
     def solve(self) -> Choice:
+        choice = self._solved()
+        if choice is None:
+            raise self._infeasible()
+        for node in self.by_itself:
+            self._check_stored(node, choice)
+        return choice
+
+    def _solved(self) -> Choice | None:
         rows: dict[fx.Node, tuple[tuple[Row, float], ...]] = {}
         ins: dict[fx.Node, tuple[fx.Node, ...]] = {}
         outs: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -216,14 +228,10 @@ class _Solver:
         for node in self.function.graph.nodes:
             if node.op == "output" or node.target is operator.getitem:
                 continue
-            ins[node], outs[node] = operands(node), results(self.function, node)
+            ins[node], outs[node] = () if node in self.by_itself else operands(node), results(self.function, node)
             rows[node] = tuple(self._priced(node, row) for row in self._rows(node, replicable))
         required = tuple((node, self._required(node)) for node in self.function.results())
-        problem = Problem(rows=rows, operands=ins, results=outs, required=required, conversion=self._conversion)
-        choice = solve(problem)
-        if choice is None:
-            raise self._infeasible()
-        return choice
+        return solve(Problem(rows=rows, operands=ins, results=outs, required=required, conversion=self._conversion))
 
     def _rows(self, node: fx.Node, replicable: set[fx.Node]) -> tuple[Row, ...]:
         if node.op == "placeholder":
@@ -237,13 +245,48 @@ class _Solver:
             )
         if node.op == "get_attr":
             return tuple(Row(operands=(), results=(type_,)) for type_ in self._held(node))
-        return rows_of(self.function, node, self.factors.get(node), self.found, replicable, self.axis.size)
+        if node in self.by_itself:
+            # What has no batch dim is R: each microbatch has its own.
+            made = tuple(self.carried.get(n, R) for n in results(self.function, node))
+            return (Row(operands=(), results=made, as_is=True),)
+        rows = rows_of(self.function, node, self.factors.get(node), self.found, replicable, self.axis.size)
+        if self.axis.in_time and not self.axis.by_microbatch:
+            if any(row.synchronized for row in rows) or (is_writer(node) and node.target not in ONCE_PER_STEP):
+                raise self._mixed(f"batch statistics are taken {self._where(node)}")
+        return rows
+
+    def _check_stored(self, node: fx.Node, choice: Choice) -> None:
+        """What a microbatch stores is of itself alone: raises PlanError for a part of what is summed over them."""
+        for used in operands(node):
+            maker = used.all_input_nodes[0] if used.target is operator.getitem else used
+            if choice.rows[maker].results[results(self.function, maker).index(used)] == P:
+                origin = self.function.origins.get(used)
+                name = origin.name if origin else used.name
+                raise PlanError(
+                    f"cannot store a value of each microbatch by itself: {name!r}, which is stored "
+                    f"{self._where(node)}, is also a part of the loss, which is summed over microbatches\n"
+                    "  compute what is stored apart from what the loss reads, or use microbatches=1"
+                )
+
+    def _where(self, node: fx.Node) -> str:
+        origin = self.function.origins.get(node)
+        if origin is None:
+            return "in the model"
+        file, line = origin.statement
+        return f"by {origin.module_path or 'the model'} at {file.rsplit('/', 1)[-1]}:{line}"
+
+    def _mixed(self, what: str) -> PlanError:
+        return PlanError(
+            f"the batch cannot be cut into microbatches without changing the result: {what}\n"
+            '  use microbatches=1, or batch_statistics="microbatch" (each by itself, as gradient accumulation has it)'
+        )
 
     def _held(self, node: fx.Node) -> list[Type]:
         """The types in use that a parameter or buffer may have."""
         value = self.function.values[node]
         if not value.grad and value.made_of != "parameters":
-            return [I]
+            split = sorted((t for t in self.found[node] if _splittable(value, t, self.axis.size)), key=str)
+            return [I, *split] if self.axis.features and is_written(node) else [I]
         if not self.axis.features:
             return [R if value.grad else I]
         whole = [I, R] if value.grad else [I]
@@ -293,8 +336,8 @@ class _Solver:
 
     def _conversion(self, node: fx.Node, source: Type, target: Type) -> float | None:
         value = self.function.values[node]
-        if not is_conversion(source, target):
-            return None
+        if not is_conversion(source, target) or is_written(node):
+            return None  # what is written to is the buffer itself
         if target.is_split and target not in self.found[node]:
             return None
         if source.is_split and target.is_split and any(uneven(value, t, self.axis.size) for t in (source, target)):
@@ -309,8 +352,24 @@ class _Solver:
             allowed = target == I or source != P
         return conversion_time(self.prices, value, source, target, self.axis.size) if allowed else None
 
+    def _unstorable(self) -> fx.Node | None:
+        """The first store but for which, and others like it, there would be types."""
+        graph = self.function.graph
+        stores: list[fx.Node] = [node for node in graph.nodes if is_writer(node) and not node.users]
+        self.by_itself = only_stored(graph)
+        if not stores or self._solved() is None:
+            return None
+        for node in stores:
+            self.by_itself = only_stored(graph, set(stores) - {node})
+            if self._solved() is None:
+                return node
+        return None
+
     def _infeasible(self) -> Exception:
         if self.axis.in_time:
+            if (node := self._unstorable()) is not None:
+                name = str(writes(node)[0].target)
+                return self._mixed(f"{name!r} is written {self._where(node)} with a value of the batch")
             return PlanError(
                 "the batch cannot be cut into microbatches without changing the result: the loss mixes "
                 "samples of the batch\n"

@@ -4,7 +4,7 @@ A conversion is made once for all users that need it, right before the first of 
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import fx
 from meshwright.compiler.blocks import Blocks
 from meshwright.compiler.graph import Block, Function, Value
 from meshwright.compiler.types import P, Type
+from meshwright.compiler.written import ONCE_PER_STEP
 from meshwright.passes.cost import is_conversion
 from meshwright.passes.pieces import PIECES, Piece
-from meshwright.passes.propagate import Typing
-from meshwright.passes.rows import operands, results, uneven
+from meshwright.passes.propagate import Axis, Typing
+from meshwright.passes.rows import Row, operands, results, uneven
 from meshwright.passes.solve import Choice
 from meshwright.runtime.collectives import (
     all_gather,
@@ -31,9 +32,16 @@ from meshwright.runtime.collectives import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Axis:
-    name: str
-    size: int
+    axis: Axis
     choice: Choice
+
+    @property
+    def name(self) -> str:
+        return self.axis.name
+
+    @property
+    def size(self) -> int:
+        return self.axis.size
 
 
 @dataclass(slots=True)
@@ -70,16 +78,14 @@ class Builder:
 
 def reshard(blocks: Blocks, typings: tuple[Typing, ...]) -> Blocks:
     """The same blocks with typed values and explicit conversions."""
-    main = _Resharder(
-        blocks.main, tuple(_Axis(name=t.axis.name, size=t.axis.size, choice=t.main) for t in typings)
-    ).run()
+    main = _Resharder(blocks.main, tuple(_Axis(axis=t.axis, choice=t.main) for t in typings)).run()
     inner = tuple(
         Block(
             name=block.name,
             instances=block.instances,
             function=_Resharder(
                 block.function,
-                tuple(_Axis(name=t.axis.name, size=t.axis.size, choice=t.blocks[block.name]) for t in typings),
+                tuple(_Axis(axis=t.axis, choice=t.blocks[block.name]) for t in typings),
             ).run(),
         )
         for block in blocks.blocks
@@ -113,11 +119,11 @@ class _Resharder:
         """The type of a result: what it was made as, unless the choice converts it for the output."""
         return axis.choice.final[node]
 
-    def _as(self, node: fx.Node, types: tuple[Type, ...], user: fx.Node) -> fx.Node:
-        """``node`` with the given types, converted axis by axis along the chosen ways."""
+    def _as(self, node: fx.Node, types: tuple[Type | None, ...], user: fx.Node) -> fx.Node:
+        """``node`` with the given types (None: as it is), converted axis by axis along the chosen ways."""
         current = self._produced(node)
         for i, axis in enumerate(self.axes):
-            way = [types[i]]
+            way = [types[i] or current[i]]
             while way[-1] != current[i]:
                 way.append(axis.choice.converted[node, way[-1]])
             for source, target in zip(way[::-1], way[-2::-1], strict=False):
@@ -143,7 +149,10 @@ class _Resharder:
             self._put(node, self.builder.graph.node_copy(node, lambda n: self.copies[n]), types)
             return
         rows = [axis.choice.rows[node] for axis in self.axes]
-        converted = [self._as(n, tuple(row.operands[i] for row in rows), node) for i, n in enumerate(operands(node))]
+        converted = [
+            self._as(n, tuple(None if row.as_is else row.operands[i] for row in rows), node)
+            for i, n in enumerate(operands(node))
+        ]
         pieces = [(axis.name, row.pieces) for axis, row in zip(self.axes, rows, strict=True) if row.pieces]
         outcome = results(self.function, node)
         types = {axis.name: row.results[0] for axis, row in zip(self.axes, rows, strict=True)} if outcome else {}
@@ -162,12 +171,20 @@ class _Resharder:
                 (node.args, dict(node.kwargs)), lambda a: queue.pop(0) if isinstance(a, fx.Node) else a
             )
             copy = self.builder.graph.create_node(node.op, node.target, *arguments, name=node.name)
+            copy.kwargs = {**copy.kwargs, **self._options(node, rows)}
             copy.meta = dict(node.meta)
         means = [axis.name for axis, row in zip(self.axes, rows, strict=True) if row.mean]
         self._put(node, copy, types)
         if means:
             part = self.builder.call(part_of_mean, (copy, *means), None, None, None, like=node)
             self._put(node, part, types)
+
+    def _options(self, node: fx.Node, rows: Sequence[Row]) -> dict[str, Any]:
+        """What an operator is told of the axes: those that it synchronizes over, that it writes once per step."""
+        over = [a.name for a, row in zip(self.axes, rows, strict=True) if row.synchronized and not a.axis.in_time]
+        once = any(a.axis.in_time and not a.axis.by_microbatch for a in self.axes)
+        told = ONCE_PER_STEP.get(node.target, {}) if once else {}
+        return {**told, **({"over": tuple(over)} if over else {})}
 
     def _put(self, node: fx.Node, copy: fx.Node, types: Mapping[str, Type]) -> None:
         self.copies[node] = copy

@@ -24,7 +24,8 @@ class Row:
     """One way to run a node on an axis: the types of its operands and of its results.
 
     share: the part of the work that a rank does; the largest, where pieces differ. pieces: the name of the lines that
-    compute with a piece. mean: the result is the mean of a piece, to be made a part of the whole mean.
+    compute with a piece. mean: the result is the mean of a piece, to be made a part of the whole mean. synchronized:
+    the operator is told the axis. as_is: the operands are taken however they lie.
     """
 
     operands: tuple[Type, ...]
@@ -32,6 +33,8 @@ class Row:
     share: float = 1.0
     pieces: str | None = None
     mean: bool = False
+    synchronized: bool = False
+    as_is: bool = False
 
 
 def operands(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -214,6 +217,7 @@ def rows_of(
                     share=share,
                     pieces=factor.pieces,
                     mean=factor.mean,
+                    synchronized=factor.synchronized,
                 )
             )
     for group in factors.linear:

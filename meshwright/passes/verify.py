@@ -54,17 +54,22 @@ def _check(function: Function, sizes: dict[str, int], rules: Rules, where: str) 
         outs = results(function, node)
         if node not in factors or not outs or outs[0] not in values:
             continue
+        told: set[str] = set()
         for axis, size in sizes.items():
             ins = tuple(_of(function, n, axis) for n in operands(node))
             got = tuple(_of(function, n, axis) for n in outs)
             found = {n: {t for t in [_of(function, n, axis)] if t.is_split} for n in values}
             rows = rows_of(function, node, factors[node], found, set(outs), size)
-            if not any(_same(row.operands, ins, function, operands(node)) and row.results == got for row in rows):
+            fitting = [r for r in rows if _same(r.operands, ins, function, operands(node)) and r.results == got]
+            told |= {axis for row in fitting if row.synchronized}
+            if not fitting:
                 have = ", ".join(str(t) for t in ins)
                 raise InternalError(
                     f"{where}: {node.format_node()} takes ({have}) and gives {', '.join(map(str, got))} on {axis}, "
                     "which its rule does not allow"
                 )
+        if told != set(node.kwargs.get("over", ())):
+            raise InternalError(f"{where}: {node.format_node()} has to synchronize over {', '.join(told) or 'no axis'}")
 
 
 def _of(function: Function, node: fx.Node, axis: str) -> Type:

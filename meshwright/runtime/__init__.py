@@ -1,5 +1,6 @@
 """What runs on a rank: collectives, parameters, the schedule and the Trainer. Imports nothing of the compiler."""
 
+from meshwright.runtime.buffers import batch_norm, store
 from meshwright.runtime.collectives import (
     all_gather,
     all_reduce,
@@ -36,6 +37,7 @@ __all__ = [
     "all_to_all",
     "alpha_dropout",
     "attention_with_dropout",
+    "batch_norm",
     "dropout",
     "feature_alpha_dropout",
     "feature_dropout",
@@ -49,4 +51,5 @@ __all__ = [
     "run_in_one_process",
     "shard",
     "shard_range",
+    "store",
 ]

@@ -1,4 +1,4 @@
-"""Checkpoints for the same layout, with torch.distributed.checkpoint: parameters, optimizer, step count and seed."""
+"""Checkpoints for the same layout, with torch.distributed.checkpoint: parameters, buffers, optimizer, steps, seed."""
 
 import hashlib
 import io
@@ -74,6 +74,7 @@ def layout(manifest: Mapping[str, Any]) -> str:
         manifest["mesh"],
         manifest["plan"]["zero"],
         manifest["parameters"],
+        {name: entry["types"] for name, entry in manifest["buffers"].items() if "types" in entry},
         [s["ranks"] for s in manifest["stages"]],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

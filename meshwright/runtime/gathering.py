@@ -19,21 +19,20 @@ Local = Mapping[tuple[str, Segment | None], torch.Tensor]
 """A rank's pieces by name and segment."""
 
 
-def gather(
-    manifest: Mapping[str, Any], groups: Groups, names: Iterable[str], local: Local, what: str
-) -> dict[str, Any]:
-    """The whole tensor of every parameter in ``names``, put together from one holder of every piece.
+def gather(entries: Mapping[str, Any], groups: Groups, names: Iterable[str], local: Local, what: str) -> dict[str, Any]:
+    """The whole tensor of every parameter or buffer in ``names``, put together from one holder of every piece.
 
-    Raises RankError with the names of parameters on which ranks that must agree differ by more than 1e-6 (relative).
+    entries: the manifest's. Raises RankError with the names of those on which ranks that must agree differ by more than
+    1e-6 (relative).
     """
     result: dict[str, torch.Tensor] = {}
     different: list[str] = []
     for name in names:
-        entry = manifest["parameters"][name]
+        entry = entries[name]
         result[name] = torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=groups.device)
         for part in entry.get("segments") or [None]:
             segment = (part["dim"], part["start"], part["length"]) if part else None
-            types = {**entry["types"], **(part["types"] if part else {})}
+            types = {**entry.get("types", {}), **(part["types"] if part else {})}
             mine = local.get((name, segment))
             for rank, piece, is_mine in _pieces(entry, segment, types, groups):
                 value = _sent(mine if is_mine else None, piece, rank, result[name], groups)
@@ -70,6 +69,8 @@ def _sent(mine: torch.Tensor | None, piece: Piece, rank: int, like: torch.Tensor
 
 
 def _agree(mine: torch.Tensor, sent: torch.Tensor) -> bool:
+    if not (sent.is_floating_point() or sent.is_complex()):
+        return torch.equal(mine, sent)
     limit = TOLERANCE * float(sent.abs().amax()) if sent.numel() else 0.0
     return torch.allclose(mine, sent, rtol=0.0, atol=limit + 1e-12, equal_nan=True)
 
@@ -88,25 +89,15 @@ def _raise_together(different: list[str], groups: Groups, what: str) -> None:
         )
 
 
-def gather_buffers(manifest: Mapping[str, Any], groups: Groups, local: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The persistent buffers that a stage uses, each sent by the first rank that holds it."""
-    result: dict[str, torch.Tensor] = {}
-    for name, entry in manifest["buffers"].items():
-        if not entry["persistent"] or not entry["stages"]:
-            continue
-        source = rank_at(groups.sizes, {axis: entry["stages"][0] if axis == "pp" else 0 for axis in groups.sizes})
-        empty = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=groups.device)
-        result[name] = local[name].clone().contiguous() if source == groups.rank else empty
-        if num_ranks(groups.sizes) > 1:
-            groups.wire.world.broadcast(result[name], source)
-    return result
-
-
 def complete(manifest: Mapping[str, Any], found: dict[str, torch.Tensor], source: Weights) -> dict[str, torch.Tensor]:
-    """Add the parameters that no stage uses, as they were at the start, and the further names of tied ones."""
+    """Add what no stage uses, as it was at the start, and the further names of what is tied."""
     for name, entry in manifest["parameters"].items():
         if name not in found:
             found[name] = source.read(name, entry, whole(entry))
-        for alias in entry.get("aliases", ()):
+    for name, entry in manifest["buffers"].items():
+        if entry["persistent"] and name not in found and (name in source.files or "init" in entry):
+            found[name] = source.read(name, entry, whole(entry))
+    for name, entry in [*manifest["parameters"].items(), *manifest["buffers"].items()]:
+        for alias in entry.get("aliases", ()) if name in found else ():
             found[alias] = found[name]
     return found

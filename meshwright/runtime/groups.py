@@ -22,13 +22,15 @@ Stages = tuple[int, ...] | None
 class Groups:
     """This rank's place in the mesh, and the groups that it communicates in.
 
-    sizes: axis -> size, outermost first, "mb" not among them. microbatches: the size of "mb". wire: to the other ranks.
+    sizes: axis -> size, outermost first, "mb" not among them. microbatches: the size of "mb"; microbatch: which of them
+    is computed now. wire: to the other ranks.
     """
 
     sizes: Mapping[str, int]
     rank: int
     device: torch.device
     microbatches: int
+    microbatch: int = 0
     coordinates: Mapping[str, int] = field(init=False)
     wire: Wire = field(default_factory=Processes)
     made: dict[tuple[Any, ...], Group | None] = field(default_factory=dict)
@@ -41,8 +43,8 @@ class Groups:
         return self.microbatches if axis == "mb" else self.sizes.get(axis, 1)
 
     def index(self, axis: str) -> int:
-        """This rank's coordinate; 0 on an axis that the mesh does not have."""
-        return self.coordinates.get(axis, 0)
+        """Which piece on an axis is this rank's (for "mb": is computed now); 0 on one that the mesh does not have."""
+        return self.microbatch if axis == "mb" else self.coordinates.get(axis, 0)
 
     def make(self, axes: Iterable[str], stages: Stages = None) -> None:
         """Create the groups over ``axes`` (between the given stages only). Every rank calls this in the same order."""

@@ -104,15 +104,26 @@ class Param:
             self.declared.held[full, part] = self._held(full, entry, part, promised)
         return self.declared.held[full, part].parameter
 
-    def buffer(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """A buffer of the model, whole. Raises BundleError where the manifest says otherwise or has no value for it."""
+    def buffer(self, name: str, shape: Sequence[int], **types: str) -> torch.Tensor:
+        """This rank's piece of the buffer ``name`` of whole ``shape``. types: how it is split, by axis.
+
+        Raises BundleError where the manifest says otherwise or has no value for it.
+        """
         full = self.prefix + name
         entry = self._entry("buffers", full, shape)
+        promised = entry.get("types", {})
+        self._check_types(full, types, promised)
         if full not in self.declared.buffers:
+            groups = self.declared.groups
+            used = {axis: parse(text)[1] for axis, text in promised.items() if groups.size(axis) > 1}
+            piece = piece_of(entry["shape"], None, used, groups.coordinates, groups.sizes)
             # A checkpoint that the user names need not have the buffers that are never saved.
             source = next((s for s in (self.declared.source, self.declared.own) if full in s.files), self.declared.own)
-            value = source.stored(full, whole(entry), getattr(torch, entry["dtype"]))
-            self.declared.buffers[full] = value.to(self.declared.groups.device)
+            if full not in source.files and "init" in entry:
+                value = source.read(full, entry, piece)
+            else:
+                value = source.stored(full, piece, getattr(torch, entry["dtype"]))
+            self.declared.buffers[full] = value.to(groups.device)
         return self.declared.buffers[full]
 
     def random(self, name: str, **types: str) -> Random:

@@ -29,8 +29,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         for name, entry in manifest[kind].items():
             _check_value(manifest, repr(name), entry)
             _check_stages(manifest, repr(name), entry["stages"])
-    for name, entry in manifest["parameters"].items():
-        _check_parameter(manifest, name, entry)
+            _check_pieces(manifest, name, entry)
     _check_sites(manifest)
     _check_stages(manifest, "the loss", [manifest["loss"]["stage"]])
 
@@ -116,7 +115,7 @@ def _check_sites(manifest: Mapping[str, Any]) -> None:
                 raise BundleError(f"random operator {name!r} has the type {text!r} on {axis}, which does not split it")
 
 
-def _check_parameter(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> None:
+def _check_pieces(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> None:
     """Every rank has a piece, equally large ones of groups; segments are parts of the whole and do not overlap."""
     shape = entry["shape"]
     segments = sorted(entry.get("segments", ()), key=lambda part: (part["dim"], part["start"]))
@@ -128,7 +127,7 @@ def _check_parameter(manifest: Mapping[str, Any], name: str, entry: Mapping[str,
         lengths = list(shape)
         if part is not None:
             lengths[part["dim"]] = part["length"]
-        for axis, text in {**entry["types"], **(part["types"] if part else {})}.items():
+        for axis, text in {**entry.get("types", {}), **(part["types"] if part else {})}.items():
             use, pieces = parse(text)[1], manifest["mesh"].get(axis, 1)
             if isinstance(use, Split):
                 length = lengths[use.dim]

@@ -29,17 +29,12 @@ _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat
 
 @dataclass(slots=True, kw_only=True)
 class Draws:
-    """What all sites of a rank draw by: the seed of the run, and the step and microbatch that are computed."""
+    """What all sites of a rank draw by: the seed of the run, and the step that is computed."""
 
     groups: Groups
     exact: bool
     seed: int = 0
     step: int = 0
-    microbatch: int = 0
-
-    def index(self, axis: str) -> int:
-        """Which piece on an axis is computed here and now, "mb" included."""
-        return self.microbatch if axis == "mb" else self.groups.index(axis)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +69,7 @@ class Random:
         if size % groups:
             raise PlanError(f"a random operator has {size} of a dim that {axis} cuts in {groups} groups")
         pieces, block = self.draws.groups.size(axis), size // groups
-        start = self.draws.index(axis) * block
+        start = self.draws.groups.index(axis) * block
         return index // max(block, 1) * (block * pieces) + start + index % max(block, 1), size * pieces
 
     @contextmanager
@@ -82,7 +77,7 @@ class Random:
         """Torch's generator on ``device`` draws for this piece; outside of the context it goes on as it was."""
         piece = 0
         for axis, _ in self.splits:
-            piece = piece * self.draws.groups.size(axis) + self.draws.index(axis)
+            piece = piece * self.draws.groups.size(axis) + self.draws.groups.index(axis)
         generator = (
             torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
             if device.type == "cuda"

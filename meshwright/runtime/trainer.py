@@ -131,9 +131,12 @@ class Trainer:
             unit.finish()
 
     def evaluate(self, part: Batch) -> torch.Tensor:
-        """The loss of the whole batch in eval mode, without gradients (0-dim), the same on every rank."""
+        """The loss of the whole batch in eval mode, without gradients (0-dim), the same on every rank.
+
+        Batch norms use their running statistics, dropout drops nothing, and no buffer is written.
+        """
         with self._reporting("evaluation", PlanError), torch.no_grad():
-            self._check_noise()
+            self._check_evaluation()
             self.module.eval()
             try:
                 forwards = sorted((a for a in self.actions if a.kind == "F"), key=lambda a: a.microbatch)
@@ -189,7 +192,7 @@ class Trainer:
             local = {
                 (h.name, h.segment): g for unit in self.units for h, g in zip(unit.held, unit.full_grad(), strict=True)
             }
-            return gathering.gather(self.manifest, self.groups, names, local, "gradient")
+            return gathering.gather(self.manifest["parameters"], self.groups, names, local, "gradient")
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Whole parameters and buffers on every rank, with the keys of ``model.state_dict()``."""
@@ -203,8 +206,11 @@ class Trainer:
                     (h.name, h.segment): v
                     for h, v in zip(members, gathered.values([h.piece.local_shape for h in members]), strict=True)
                 }
-            whole = gathering.gather(self.manifest, self.groups, names, local, "value")
-            whole |= gathering.gather_buffers(self.manifest, self.groups, self.declared.buffers)
+            whole = gathering.gather(self.manifest["parameters"], self.groups, names, local, "value")
+            buffers = self.manifest["buffers"]
+            names = [name for name, entry in buffers.items() if entry["stages"] and entry["persistent"]]
+            local = {(name, None): buffer for name, buffer in self.declared.buffers.items()}
+            whole |= gathering.gather(buffers, self.groups, names, local, "value")
             return gathering.complete(self.manifest, whole, self.declared.source)
 
     def save(self, path: str | Path) -> None:
@@ -225,15 +231,26 @@ class Trainer:
     # Inside
 
     def _entering(self, microbatch: int) -> None:
-        self.declared.draws.microbatch = microbatch
+        self.groups.microbatch = microbatch
 
-    def _check_noise(self) -> None:
-        """Raises PlanError where the program has noise that is no dropout: whether eval mode has it is not known."""
+    def _check_evaluation(self) -> None:
+        """Raises PlanError where what the loss is in eval mode is not known: with noise that is no dropout, and with
+        buffers that forward reads after it wrote to them.
+        """
         for name, entry in self.manifest.get("random", {}).items():
             if not entry["operator"].endswith("dropout"):
                 raise PlanError(
                     f"cannot evaluate: {name} draws noise ({entry['operator']} {entry['at']}), and the program was "
                     "captured in training: whether the model draws it in eval mode too is not known\n"
+                    "  evaluate the model itself with the parameters of full_state_dict()"
+                )
+
+        for name, entry in self.manifest["buffers"].items():
+            if "read_after_written" in entry:
+                raise PlanError(
+                    f"cannot evaluate: the loss depends on what forward writes to {name!r} "
+                    f"({entry['read_after_written']}), and the program was captured in training: whether the model "
+                    "writes it in eval mode too is not known\n"
                     "  evaluate the model itself with the parameters of full_state_dict()"
                 )
 

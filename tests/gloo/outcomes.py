@@ -27,7 +27,8 @@ def outcome(ranks: Ranks, name: str, mesh: str) -> str:
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            program = parity.emit_case(Path(directory, "bundle"), zoo.build(name), batch, axes, plan)
+            chosen = {**plan, **zoo.ZOO[name].plan}
+            program = parity.emit_case(Path(directory, "bundle"), zoo.build(name), batch, axes, chosen)
         except (UnsupportedError, PlanError) as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
         except Exception as error:
@@ -35,7 +36,9 @@ def outcome(ranks: Ranks, name: str, mesh: str) -> str:
         try:
             arguments = (str(Path(directory, "bundle")), batch, 1)
             got = ranks.run("tests.gloo.parity:train", arguments, ranks=parity.num_ranks(axes))
-            parity.compare(got, parity.reference(zoo.build(name), batch, steps=1))
+            pieces = {"replicas": axes.get("dp", 1), "microbatches": plan.get("microbatches", 1)}
+            accumulated = pieces if "batch_statistics" in chosen else {}
+            parity.compare(got, parity.reference(zoo.build(name), batch, steps=1, **accumulated))
         except (AssertionError, Failed) as error:
             return f"WRONG: {str(error).splitlines()[0]}"
     whole = sum("runs whole" in line for line in program.lowered.warnings)

@@ -31,16 +31,21 @@ def reference(
     loss_fn: LossFunction | None = None,
     steps: int = STEPS,
     random: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
+    replicas: int = 1,
+    microbatches: int = 1,
 ) -> dict[str, Any]:
-    """Losses, gradients of the first and last step and the parameters after it, on one device. Changes ``model``.
+    """Losses, gradients of the first and last step and the state after it, on one device. Changes ``model``.
 
-    random: what the forward of a step stands in.
+    A model in eval mode is trained as a whole; in one in training mode every module keeps its mode. random: what the
+    forward of a step stands in. microbatches: gradients are accumulated over so many, each a mean over as many samples,
+    that consist of pieces of ``replicas`` pieces of the batch.
     """
-    model, batch = model.double().train(), doubled(batch)
+    model, batch = model.double() if model.training else model.double().train(), doubled(batch)
+    parts = [accumulated(batch, k, replicas, microbatches) for k in range(microbatches)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses, gradients = [], []
 
-    def compute() -> torch.Tensor:
+    def compute(batch: Mapping[str, Any]) -> torch.Tensor:
         with float64():
             if loss_fn is not None:
                 return loss_fn(model, batch)
@@ -49,18 +54,29 @@ def reference(
 
     for step in range(steps):
         optimizer.zero_grad()
-        with random(step):
-            value = compute()
-        value.backward()
-        losses.append(value.item())
+        losses.append(0.0)
+        for part in parts:
+            with random(step):
+                value = compute(part) / microbatches
+            value.backward()
+            losses[-1] += value.item()
         if step in (0, steps - 1):
             gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.eval()
     with torch.no_grad():
-        after = compute().item()
+        after = sum(compute(part).item() for part in parts) / microbatches
     return {"losses": losses, "gradients": gradients, "state": state, "after": after}
+
+
+def accumulated(batch: Mapping[str, Any], microbatch: int, replicas: int, microbatches: int) -> dict[str, Any]:
+    """One microbatch: its piece of every replica's piece of the batch."""
+    part = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            part[name] = value.unflatten(0, (replicas, microbatches, -1))[:, microbatch].flatten(0, 1)
+    return part
 
 
 def emit_case(

@@ -24,6 +24,7 @@ class Tagger(nn.Module):
         self.scale = nn.Buffer(torch.ones(8), persistent=False)
         self.offset = nn.Buffer(torch.ones(8))
         self.unread = nn.Buffer(torch.ones(3))
+        self.neither = nn.Buffer(torch.ones(3), persistent=False)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, strength: float = 2.0) -> Any:
         features = self.table(tokens) * self.scale + self.offset
@@ -77,9 +78,9 @@ def test_a_tuple_takes_the_names_of_the_arguments() -> None:
     assert ([leaf.name for leaf in found.inputs], found.input_tree) == (["tokens", "mask"], "tuple")
 
 
-def test_only_buffers_that_are_read_are_kept() -> None:
-    found = _tagger()
-    assert [(b.name, b.persistent) for b in found.buffers.values()] == [("scale", False), ("offset", True)]
+def test_buffers_that_are_read_or_saved_are_kept() -> None:
+    found = _tagger().buffers.values()
+    assert [(b.name, b.persistent) for b in found] == [("scale", False), ("offset", True), ("unread", True)]
 
 
 def test_sizes_of_one_stay_fixed() -> None:

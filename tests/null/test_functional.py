@@ -155,11 +155,22 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
-        self.register_buffer("calls", torch.zeros(()))
+        self.calls = torch.zeros(())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.add_(1)  # type: ignore[operator]
+        self.calls.add_(1)
         return self.layer(x).sum()  # type: ignore[no-any-return]
+
+
+class Out(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(x)
+        torch.add(x, 1.0, out=y)
+        return self.layer(y).sum()  # type: ignore[no-any-return]
 
 
 class Broadcast(nn.Module):
@@ -175,7 +186,11 @@ class Broadcast(nn.Module):
 
 
 def test_refusals() -> None:
-    with pytest.raises(UnsupportedError, match=r"^add_ at test_functional.py:\d+ writes to 'calls', which is not"):
+    with pytest.raises(
+        UnsupportedError, match=r"^add_ at test_functional.py:\d+ writes to 'calls', which is no buffer"
+    ):
         compile_parallel(Counting(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))
     with pytest.raises(UnsupportedError, match="writes through aten.movedim.int, which cannot be taken back"):
         compile_parallel(Broadcast(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))
+    with pytest.raises(UnsupportedError, match=r"^aten.add.out at test_functional.py:\d+ writes to an argument behind"):
+        compile_parallel(Out(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))

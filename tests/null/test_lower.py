@@ -276,7 +276,7 @@ def test_buffers_are_held_where_they_are_read() -> None:
 
     members = {"early": nn.Buffer(torch.ones(8)), "late": nn.Buffer(torch.ones(8), persistent=False)}
     program = lowered(_linears(run, 2, **members), (X,), Plan(split=("b",)), pp=2)
-    assert {name: where for name, (_, where) in program.buffers.items()} == {"early": (0, 1), "late": (1,)}
+    assert {name: kept.stages for name, kept in program.buffers.items()} == {"early": (0, 1), "late": (1,)}
 
 
 def test_blocks_hold_the_parameters_of_their_instances() -> None:

@@ -21,9 +21,11 @@ from tests.null.simulate import cut
 CPU = torch.device("cpu")
 
 
-def _random(exact: bool, *splits: tuple[str, Split], rank: int = 0, site: int = 3, **state: int) -> Random:
+def _random(
+    exact: bool, *splits: tuple[str, Split], rank: int = 0, site: int = 3, microbatch: int = 0, **state: int
+) -> Random:
     """What a rank of dp=2, tp=2 draws from in 3 microbatches."""
-    groups = Groups(sizes={"dp": 2, "tp": 2}, rank=rank, device=CPU, microbatches=3)
+    groups = Groups(sizes={"dp": 2, "tp": 2}, rank=rank, device=CPU, microbatches=3, microbatch=microbatch)
     return Random(draws=Draws(groups=groups, exact=exact, **state), site=site, splits=splits)
 
 
@@ -226,9 +228,9 @@ def test_recomputed_activations_have_the_same_mask(exact: bool) -> None:
     y = torch.utils.checkpoint.checkpoint(
         lambda x: operators.dropout(x * x, 0.5, True, random) ** 2, x, use_reentrant=False, preserve_rng_state=False
     )
-    random.draws.microbatch = 2
+    random.draws.groups.microbatch = 2
     operators.dropout(x, 0.5, True, random)  # the next microbatch goes forward before this one goes back
-    random.draws.microbatch = 1
+    random.draws.groups.microbatch = 1
     y.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, 4 * y.detach())
 

@@ -11,6 +11,7 @@ from meshwright.compiler.errors import PlanError
 from meshwright.compiler.graph import Value
 from meshwright.passes.factors import Rule, of_view, parse
 from meshwright.passes.rules import DEFAULT_RULES, RANDOM_RULES, Call, factors_of
+from meshwright.runtime import batch_norm, store
 from meshwright.testing import check_rule
 
 aten = torch.ops.aten
@@ -31,6 +32,7 @@ WHOLE = {aten.max.default, aten.min.default, aten.all.default, aten.any.default,
 FIXED = {
     F.cross_entropy: (2,),
     aten.batch_norm.default: (3, 4),
+    batch_norm: (1, 2),
     aten.soft_margin_loss.default: (1,),
     aten.binary_cross_entropy.default: (1, 2),
     aten.binary_cross_entropy_with_logits.default: (1, 2),
@@ -140,6 +142,10 @@ CASES: dict[Any, list[Callable[[], tuple[list[Any], dict[str, Any]]]]] = {
         lambda: ([_x(4, 6, 5), _x(6), _x(6), None, None, True, 0.1, 1e-5, False], {}),
         lambda: ([_x(4, 6), _x(6), _x(6), _x(6), _x(6).abs(), False, 0.1, 1e-5, False], {}),
     ],
+    batch_norm: [
+        lambda: ([_x(4, 6, 5), _x(6), _x(6).abs(), _x(6), _x(6), True], {"momentum": 0.1, "eps": 1e-5}),
+        lambda: ([_x(4, 6, 5), None, None, _x(6), None, True], {"eps": 1e-5}),
+    ],
     aten.gather.default: [lambda: ([_x(4, 6), 1, _ids(6, 4, 2)], {}), lambda: ([_x(8, 6), 0, _ids(8, 4, 6)], {})],
     aten.scatter.src: [lambda: ([_x(4, 6), 1, _ids(6, 4, 1), _x(4, 1)], {})],
     aten.scatter.value: [lambda: ([_x(4, 6), 1, _ids(6, 4, 2), 3.0], {})],
@@ -217,8 +223,8 @@ CASES: dict[Any, list[Callable[[], tuple[list[Any], dict[str, Any]]]]] = {
 }
 CONSTANTS: dict[Any, list[Any]] = {aten.zeros.default: [], aten.ones.default: [], aten.full.default: [2.5]}
 """Without an operand, and their arguments behind the shape."""
-ELSEWHERE = {*CONSTANTS, *RANDOM_RULES}
-"""Proven below, and in test_random.py."""
+ELSEWHERE = {*CONSTANTS, *RANDOM_RULES, store}
+"""Proven below, in test_random.py, and in gloo/test_written.py."""
 
 POINTWISE: list[tuple[Any, list[Any]]] = [
     (aten.add.Tensor, [_x(2, 4, 6), _x(4, 6)]),

@@ -1,9 +1,12 @@
 """Operators with parameters: products, convolutions, normalizations, attention, pooling."""
 
+from functools import partial
+
 import torch
 
 from meshwright.passes.factors import Factor, Factors, Place, Rule, instantiate
 from meshwright.passes.rules.call import ALONE, Call, Rules, first_of, same
+from meshwright.runtime.buffers import batch_norm
 
 aten = torch.ops.aten
 
@@ -133,22 +136,22 @@ def _samples_alone(call: Call) -> Factors:
     return Factors(factors=(Factor(size=size, operands=places, results=(Place(0),), whole=size == 1),))
 
 
-def _channels_alone(call: Call) -> Factors:
-    """Batch normalization: every channel by itself, over the whole batch in training."""
-    values = [value for value in call.operands if value is not None]
-    source = values[0]
-    channels = Factor(
-        size=source.shape[1], operands=(Place(1), *(Place(0),) * (len(values) - 1)), results=(Place(1),),
-        whole=source.shape[1] == 1,
-    )  # fmt: skip
-    if call.argument(5, "training"):
-        return Factors(factors=(channels,))
-    others = (
-        Factor(size=size, operands=(Place(dim), *(None,) * (len(values) - 1)), results=(Place(dim),), whole=size == 1)
-        for dim, size in enumerate(source.shape)
-        if dim != 1
-    )
-    return Factors(factors=(channels, *others))
+def _batch_norm(call: Call, synchronized: bool = False) -> Factors:
+    """Every channel by itself. Where the statistics are those of the batch, its pieces are synchronized, or whole."""
+    source, *others = (value for value in call.operands if value is not None)
+    channels = tuple(Place(0) if value.shape else None for value in others)
+    of_batch = bool(call.argument(5, "training"))
+    factors = []
+    for dim, size in enumerate(source.shape):
+        mixes = of_batch and dim != 1
+        places = (Place(dim), *(channels if dim == 1 else (None,) * len(others)))
+        factors.append(
+            Factor(
+                size=size, operands=places, results=(Place(dim),), whole=size == 1 or (mixes and not synchronized),
+                synchronized=mixes and synchronized,
+            )
+        )  # fmt: skip
+    return Factors(factors=tuple(factors))
 
 
 _DIMS = ("1d", "2d", "3d")
@@ -176,6 +179,7 @@ LAYERS: Rules = {
     aten.rms_norm.default: _layer_norm,
     aten.group_norm.default: _samples_alone,
     aten.instance_norm.default: _samples_alone,
-    aten.batch_norm.default: _channels_alone,
+    aten.batch_norm.default: _batch_norm,
+    batch_norm: partial(_batch_norm, synchronized=True),
     aten.scaled_dot_product_attention.default: attention,
 }

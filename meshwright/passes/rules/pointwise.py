@@ -6,6 +6,7 @@ import torch
 
 from meshwright.passes.factors import Factor, Factors, Place
 from meshwright.passes.rules.call import Call, Rules, same_shape
+from meshwright.runtime.buffers import store
 
 aten = torch.ops.aten
 
@@ -64,6 +65,7 @@ POINTWISE: Rules = {
     aten.floor_divide.default: pointwise,
     aten.floor_divide.Scalar: pointwise,
     aten.detach.default: same_shape,
+    store: pointwise,
     aten.real.default: same_shape,
     aten.imag.default: same_shape,
     aten.conj.default: same_shape,
