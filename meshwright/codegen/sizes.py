@@ -52,7 +52,8 @@ class Sizes:
         self.symbols.update(str(symbol) for symbol in size.free_symbols)
         scales = {symbol: self._place_of(str(symbol))[1] * symbol for symbol in size.free_symbols}
         numerator, denominator = sympy.fraction(sympy.cancel(size.subs(scales, simultaneous=True) / count))
-        return numerator if denominator == 1 else sympy.Symbol(f"({numerator}) // {denominator}")
+        divided = "//" if size.is_integer else "/"
+        return numerator if denominator == 1 else sympy.Symbol(f"({numerator}) {divided} ({denominator})")
 
     def lines(self) -> list[Line]:
         """``T = input_ids.shape[1]`` for every size that the code names."""

@@ -18,9 +18,11 @@ from meshwright.compiler.errors import UnsupportedError
 from meshwright.compiler.functional import functionalize
 from meshwright.compiler.fuse import FUSIONS, cut_segments
 from meshwright.compiler.graph import Segment, Site
+from meshwright.compiler.indexing import index
 from meshwright.compiler.masks.causal import is_causal
 from meshwright.compiler.random import Sites, is_random
-from meshwright.compiler.rewriting import arguments_of, aten, insert, place, shape_of, static, with_gradient
+from meshwright.compiler.rewriting import aten, insert, place, shape_of, static, with_gradient
+from meshwright.compiler.shaping import SHAPING
 from meshwright.compiler.written import NORMALIZATIONS, is_writer, keep_old_values, keep_statistics
 
 Rewrite = Callable[[fx.Node], fx.Node | None]
@@ -47,14 +49,14 @@ def normalize(
     graph = module.graph
     _inline_submodules(module)
     _refuse_foreign(graph, is_known)
-    ours = {*_REWRITES, *FUSIONS, *NORMALIZATIONS}
+    ours = {*_REWRITES, *SHAPING, *FUSIONS, *NORMALIZATIONS}
     decompose(graph, lambda target: target in ours or is_random(target) or is_known(target))
     keep_statistics(graph, attributes, buffers)
     functionalize(graph, attributes, buffers)
     _drop_needless_detaches(graph)
-    rewrites: dict[Any, Rewrite] = {**_REWRITES, **FUSIONS}
+    rewrites: dict[Any, Rewrite] = {**_REWRITES, **SHAPING, **FUSIONS}
     rewrites[aten.cat.default] = _drop_empty_parts
-    rewrites[aten.index.Tensor] = lambda node: _index(node, constants)
+    rewrites[aten.index.Tensor] = lambda node: index(node, constants)
     drawn = Sites(sites, attributes.values())
     for node in list(graph.nodes):
         if node.op != "call_function" or node._erased:
@@ -176,24 +178,8 @@ def _and(node: fx.Node) -> fx.Node:
     return insert(aten.bitwise_and.Tensor, (left, right), like=node)
 
 
-def _made(target: Any) -> Rewrite:
-    """A tensor filled with one value, made without another as a pattern."""
-
-    def rewrite(node: fx.Node) -> fx.Node:
-        given = arguments_of(node)
-        rest = (given["fill_value"],) if "fill_value" in given else ()
-        return insert(target, (given["size"], *rest), {"dtype": node.meta["val"].dtype}, like=node)
-
-    return rewrite
-
-
 def _is_all_true(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is aten.ones.default and node.meta["val"].dtype == torch.bool
-
-
-def _expand(node: fx.Node) -> fx.Node | None:
-    """One spelling of broadcasting; none where the shape stays."""
-    return _unless_changed(node) or insert(aten.expand.default, node.args[:2], like=node)
 
 
 def _detach(node: fx.Node) -> fx.Node | None:
@@ -215,41 +201,6 @@ def _drop_empty_parts(node: fx.Node) -> fx.Node | None:
         return parts[0]  # type: ignore[return-value]
     node.args = (parts, *node.args[1:])
     return None
-
-
-def _index(node: fx.Node, constants: Mapping[fx.Node, torch.Tensor]) -> fx.Node | None:
-    """Indexing that only picks one place, or everything in order, as the slice or view that it is."""
-    source, indices = _input(node), node.args[1]
-    used = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
-    if len(used) == 1 and used[0][1] in constants and constants[used[0][1]].shape == (1,):
-        dim, index = used[0]
-        size = source.meta["val"].shape[dim]
-        start = int(constants[index])
-        if start < 0 and static(size):
-            start += int(size)
-        return insert(aten.slice.Tensor, (source, dim, start, start + 1 if start != -1 else 2**63 - 1), like=node)
-    result = node.meta["val"]
-    positions = [_whole_range(index, source.meta["val"].shape[dim]) for dim, index in used]
-    if len(used) != source.meta["val"].ndim or None in positions or sorted(positions) != positions:  # type: ignore[type-var]
-        return None
-    if len(set(positions)) != len(positions):
-        return None
-    for dim in range(result.ndim):
-        if dim not in positions:
-            source = insert(aten.unsqueeze.default, (source, dim), like=node)
-    return source
-
-
-def _whole_range(index: fx.Node, size: Any) -> int | None:
-    """The dim (from the left, of the broadcast result) along which ``index`` counts 0, 1, ..., size - 1; else None."""
-    value = index.meta["val"]
-    while index.target in (aten.unsqueeze.default, aten.slice.Tensor, aten.view.default, aten.lift_fresh_copy.default):
-        index = _input(index)
-    stop = index.meta["val"].shape[0] if index.target is aten.arange.default else None
-    if stop is None or shape_of(index.meta["val"]) != shape_of(torch.Size([size]) if static(size) else (size,)):
-        return None
-    long = [dim for dim, length in enumerate(value.shape) if not (static(length) and int(length) == 1)]
-    return long[0] if len(long) == 1 else None
 
 
 # Masks
@@ -332,15 +283,11 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.alias.default: _input,
     aten.lift_fresh_copy.default: _input,
     aten.detach_.default: _detach,
-    aten.new_zeros.default: _made(aten.zeros.default),
-    aten.new_ones.default: _made(aten.ones.default),
-    aten.new_full.default: _made(aten.full.default),
     aten.slice.Tensor: _unless_changed,
     aten.expand.default: _unless_changed,
     aten.__and__.Tensor: _and,
     aten.bitwise_and.Tensor: _and,
     aten.__or__.Tensor: lambda node: insert(aten.bitwise_or.Tensor, node.args, like=node),
-    aten.broadcast_to.default: _expand,
     aten.view.default: _unless_changed,
     aten.reshape.default: _unless_changed,
     aten.add.Tensor: _add_zero,

@@ -7,9 +7,12 @@ import sympy
 import torch
 from torch import fx
 from torch.fx.node import map_aggregate
+from torch.utils._sympy.functions import FloatPow, FloatTrueDiv, IntTrueDiv, ToFloat
 
+from meshwright.compiler.errors import UnsupportedError
 from meshwright.compiler.graph import Function, Segment, Value
 from meshwright.compiler.names import origins
+from meshwright.compiler.rewriting import place
 from meshwright.compiler.types import Size
 from meshwright.runtime.random import rand_like, randn_like
 
@@ -39,14 +42,14 @@ def function_of(
         return simplify(expression, renaming)
 
     def argument(given: Any) -> Any:
-        if isinstance(given, torch.SymInt):
+        if isinstance(given, (torch.SymInt, torch.SymFloat)):
             return size(given.node.expr)
         return copies[given] if isinstance(given, fx.Node) else given
 
     for node in graph.nodes:
         val = node.meta.get("val")
-        if isinstance(val, (torch.SymInt, int)) and node.op == "call_function" and not isinstance(val, bool):
-            copies[node] = size(val.node.expr) if isinstance(val, torch.SymInt) else val
+        if isinstance(val, (torch.SymInt, torch.SymFloat, int, float)) and node.op == "call_function":
+            copies[node] = argument(val)
             continue
         if node.op == "placeholder" and node not in inputs and node not in attributes:
             continue
@@ -75,8 +78,10 @@ def function_of(
         reads_parameters[copy] = is_parameter or any(reads_parameters[n] for n in sources)
         if isinstance(val, torch.Tensor):
             flows = learns or any(_gradient(values, n) for n in sources)
+            shape = tuple(size(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in val.shape)
+            _check_known(node, shape, set(renaming.values()))
             values[copy] = Value(
-                shape=tuple(size(s.node.expr) if isinstance(s, torch.SymInt) else int(s) for s in val.shape),
+                shape=shape,
                 dtype=val.dtype,
                 grad=flows and (val.is_floating_point() or val.is_complex()) and copy.target not in WITHOUT_GRADIENT,
                 made_of="inputs" if not reads_parameters[copy] else "data" if reads_inputs[copy] else "parameters",
@@ -86,6 +91,14 @@ def function_of(
     return function
 
 
+def _check_known(node: fx.Node, shape: tuple[Size, ...], symbols: set[sympy.Symbol]) -> None:
+    if any(isinstance(size, sympy.Expr) and size.free_symbols - symbols for size in shape):
+        raise UnsupportedError(
+            f"{node.target} {place(node)} gives a tensor whose size depends on the data, which no other rank knows\n"
+            "  keep all elements and weight them, as in (x * mask).sum(), or read one place each: x.gather(dim, index)"
+        )
+
+
 def _gradient(values: Mapping[fx.Node, Value], node: fx.Node) -> bool:
     if node in values:
         return values[node].grad
@@ -93,8 +106,29 @@ def _gradient(values: Mapping[fx.Node, Value], node: fx.Node) -> bool:
 
 
 def simplify(expression: Any, renaming: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
-    """A size with our symbols: an int, or a sympy expression."""
-    if isinstance(expression, sympy.Expr):
-        expression = expression.xreplace(dict(renaming))
-        return int(expression) if expression.is_number else expression
-    return int(expression)
+    """A size, or a number computed from sizes, with our symbols: a plain number, or a sympy expression.
+
+    Raises UnsupportedError for a number that plain arithmetic does not give.
+    """
+    if not isinstance(expression, sympy.Expr):
+        return int(expression)
+    expression = expression.xreplace(dict(renaming))
+    for function, meaning in _ARITHMETIC.items():
+        expression = expression.replace(function, meaning)
+    if foreign := sorted(str(call.func) for call in expression.atoms(sympy.Function) if not call.is_integer):
+        raise UnsupportedError(
+            f"the model computes a number from its sizes with {', '.join(foreign)}, which is not supported\n"
+            "  compute it from a tensor, or fix the size: give an example with one sample or a sequence of length 1"
+        )
+    if not expression.is_number:
+        return expression
+    return int(expression) if expression.is_integer else float(expression)
+
+
+_ARITHMETIC: Mapping[Any, Any] = {
+    ToFloat: lambda x: x,
+    IntTrueDiv: lambda a, b: a / b,
+    FloatTrueDiv: lambda a, b: a / b,
+    FloatPow: lambda a, b: a**b,
+}
+"""What torch calls arithmetic with floats."""

@@ -209,7 +209,6 @@ CASES: dict[Any, list[Callable[[], tuple[list[Any], dict[str, Any]]]]] = {
     aten.stack.default: [lambda: ([[_x(4, 6), _x(4, 6)], 1], {}), lambda: ([[_x(4, 6), _x(4, 6)], -1], {})],
     aten.roll.default: [lambda: ([_x(4, 6, 8), [2], [1]], {})],
     aten.flip.default: [lambda: ([_x(4, 6, 8), [1]], {})],
-    aten.repeat.default: [lambda: ([_x(4, 6), [1, 3]], {})],
     aten.tril.default: [lambda: ([_x(4, 6, 6)], {})],
     aten.triu.default: [lambda: ([_x(4, 6, 6), 1], {})],
     aten.slice_scatter.default: [lambda: ([_x(4, 6), _x(4, 3), 1, 2, 5], {})],

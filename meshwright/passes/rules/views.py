@@ -143,18 +143,6 @@ def _moved(call: Call) -> Factors:
     return Factors(factors=tuple(same(call, *(dim % ndim for dim in dims))), linear=ALONE)
 
 
-def _repeat(call: Call) -> Factors:
-    """A dim that is not repeated may be split."""
-    source = first_of(call)
-    shift = len(call.args[1]) - len(source.shape)
-    factors = (
-        Factor(size=size, operands=(Place(dim),), results=(Place(dim + shift),), whole=size == 1)
-        for dim, size in enumerate(source.shape)
-        if call.args[1][dim + shift] == 1
-    )
-    return Factors(factors=tuple(factors), linear=ALONE)
-
-
 def _triangle(call: Call) -> Factors:
     ndim = len(first_of(call).shape)
     return Factors(factors=tuple(same(call, ndim - 2, ndim - 1)), linear=ALONE)
@@ -206,7 +194,6 @@ VIEWS: Rules = {
     aten.pad.default: _pad,
     aten.roll.default: _moved,
     aten.flip.default: _moved,
-    aten.repeat.default: _repeat,
     aten.tril.default: _triangle,
     aten.triu.default: _triangle,
     aten.slice_scatter.default: _scattered,
