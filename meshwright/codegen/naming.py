@@ -21,8 +21,9 @@ RESERVED = {*keyword.kwlist, *dir(builtins), "self", "torch", "nn", "F", "param"
 class Names:
     """The names of one function's values; positions count its calls.
 
-    given: what placeholders are called. last_use: the position of the last line that reads a value.
-    write_alias: writes ``alias = name`` behind the line that bound ``name``, for a value that still lives.
+    given: what placeholders are called. last_use: the position of the last line that reads a value; since: that of the
+    line that made it. write_alias: writes ``alias = name`` behind the line that bound ``name``, for a value that still
+    lives.
     """
 
     function: Function
@@ -31,12 +32,13 @@ class Names:
     write_alias: Callable[[fx.Node, str, str], None]
     bound: dict[str, fx.Node] = field(default_factory=dict)
     called: dict[fx.Node, str] = field(default_factory=dict)
+    since: dict[fx.Node, float] = field(default_factory=dict)
     symbols: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.symbols = symbols_of(self.function)
         for node in self.function.inputs():
-            self.bind(node, self.given[node])
+            self.bind(node, self.given[node], -1)
 
     def of(self, node: fx.Node) -> str:
         """What ``node`` is called now. Raises InternalError if the name holds another value."""
@@ -56,9 +58,11 @@ class Names:
             name = f"{name}_" if not name[0].isdigit() else f"_{name}"
         return name
 
-    def bind(self, node: fx.Node, name: str) -> None:
+    def bind(self, node: fx.Node, name: str, position: float) -> None:
+        """Call a value by a name, from the line at ``position`` on."""
         self.bound[name] = node
         self.called[node] = name
+        self.since.setdefault(node, position)
 
     def take(self, node: fx.Node, position: float) -> str:
         """The name that ``node`` is bound to at ``position``; a value that still lives keeps its alias, or keeps the
@@ -70,7 +74,7 @@ class Names:
             while f"{name}_{number}" in self.bound and self.last_use[self.bound[f"{name}_{number}"]] > position:
                 number += 1
             name = f"{name}_{number}"
-        self.bind(node, name)
+        self.bind(node, name, position)
         return name
 
     def numbered(self, name: str) -> str:
@@ -87,9 +91,9 @@ class Names:
             return True
         origin = self.function.origins.get(old)
         for alias in origin.aliases if origin else ():
-            if alias not in RESERVED and not self._is_held(alias, position):
+            if alias not in RESERVED | self.symbols and self._is_unused(alias, self.since[old]):
                 self.write_alias(old, alias, name)
-                self.bind(old, alias)
+                self.bind(old, alias, position)
                 return True
         return False
 
@@ -97,3 +101,8 @@ class Names:
         """Whether ``name`` holds a value that is read after ``position``."""
         holder = self.bound.get(name)
         return holder is not None and self.called.get(holder) == name and self.last_use[holder] > position
+
+    def _is_unused(self, name: str, position: float) -> bool:
+        """Whether nothing was or will be called by ``name`` after ``position``, where an alias is to be written."""
+        holder = self.bound.get(name)
+        return holder is None or max(self.since[holder], self.last_use[holder]) <= position

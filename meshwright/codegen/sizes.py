@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
+from sympy.printing.precedence import PRECEDENCE
+from sympy.printing.str import StrPrinter
 from torch import fx
 
 from meshwright.codegen.margin import BATCH_AXES
@@ -15,6 +17,25 @@ from meshwright.compiler.errors import InternalError
 from meshwright.compiler.graph import Function, Value
 from meshwright.passes.factors import Factor
 from meshwright.passes.rows import groups_of
+
+
+class _Python(StrPrinter):  # type: ignore[misc]
+    """Sizes as Python computes them; torch's own floor division says so itself."""
+
+    def _print_Max(self, expression: Any) -> str:  # noqa: N802
+        return f"max({self.stringify(expression.args, ', ')})"
+
+    def _print_Min(self, expression: Any) -> str:  # noqa: N802
+        return f"min({self.stringify(expression.args, ', ')})"
+
+    def _print_Mod(self, expression: Any) -> str:  # noqa: N802
+        a, b = (self.parenthesize(argument, PRECEDENCE["Pow"]) for argument in expression.args)
+        return f"({a} % {b})"
+
+    _print_PythonMod = _print_Mod
+
+
+_in_python = _Python().doprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +74,9 @@ class Sizes:
         scales = {symbol: self._place_of(str(symbol))[1] * symbol for symbol in size.free_symbols}
         numerator, denominator = sympy.fraction(sympy.cancel(size.subs(scales, simultaneous=True) / count))
         divided = "//" if size.is_integer else "/"
-        return numerator if denominator == 1 else sympy.Symbol(f"({numerator}) {divided} ({denominator})")
+        if denominator != 1:
+            return sympy.Symbol(f"({_in_python(numerator)}) {divided} ({_in_python(denominator)})")
+        return sympy.Symbol(_in_python(numerator)) if numerator.atoms(sympy.core.function.Application) else numerator
 
     def lines(self) -> list[Line]:
         """``T = input_ids.shape[1]`` for every size that the code names."""

@@ -166,7 +166,7 @@ class _Writer:
         arguments = [name if n is carried else self.code.read(n).code for n in operands(node)]
         was_blank = bool(self.lines) and self.lines[-1].blank
         self.lines.append(Line(code=f"for {call.variable} in self.{call.loop}:", margin="", blank=not was_blank))
-        self.names.bind(call.last, name)
+        self.names.bind(call.last, name, position)
         self._emit(f"    {name} = {call.variable}({', '.join(arguments)})", call.last)
 
     def _keep(self, name: str, position: float, carried: fx.Node) -> None:
@@ -176,7 +176,7 @@ class _Writer:
             return
         other = self.names.numbered(name)
         self._emit(f"{other} = {name}", None)
-        self.names.bind(old, other)
+        self.names.bind(old, other, position)
 
     def _emit(self, code: str, node: fx.Node | None, blank: bool = False, force: bool = False) -> None:
         text = ""

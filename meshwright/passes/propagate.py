@@ -77,13 +77,19 @@ def without_rule(blocks: Blocks, factors: FactorTables) -> tuple[str, ...]:
         for node in (node for node, here in table.items() if here is None):
             outcome = results(functions[name], node)
             if outcome and operands(node) and functions[name].values[outcome[0]].made_of != "inputs":
-                origin = functions[name].origins.get(node)
-                file, line = origin.statement if origin else ("", 0)
-                where = f" at {file.rsplit('/', 1)[-1]}:{line}" if file else ""
-                found.setdefault(
-                    f"{node.target}{where} has no rule and runs whole: add one with rules={{{node.target}: Rule(...)}}"
-                )
+                found.setdefault(f"{_where(functions[name], node)} has no rule and runs whole: {_a_rule_for(node)}")
     return tuple(found)
+
+
+def _where(function: Function, node: fx.Node) -> str:
+    """An operator with its line in the user's source."""
+    origin = function.origins.get(node)
+    file, line = origin.statement if origin else ("", 0)
+    return f"{node.target} at {file.rsplit('/', 1)[-1]}:{line}" if file else str(node.target)
+
+
+def _a_rule_for(node: fx.Node) -> str:
+    return f"add one with rules={{{node.target}: Rule(...)}}"
 
 
 def propagate(
@@ -366,6 +372,13 @@ class _Solver:
         return None
 
     def _infeasible(self) -> Exception:
+        unruled = [node for node, here in self.factors.items() if here is None]
+        whole = next((n for n in unruled if any(used in self.carried for used in operands(n))), None)
+        if self.axis.in_time and whole is not None:
+            return PlanError(
+                f"the batch cannot be cut into microbatches: {_where(self.function, whole)} has no rule and needs it "
+                f"whole\n  {_a_rule_for(whole)}, or use microbatches=1"
+            )
         if self.axis.in_time:
             if (node := self._unstorable()) is not None:
                 name = str(writes(node)[0].target)

@@ -1,5 +1,6 @@
 """What is refused, with the whole message: before any process waits on another."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,25 @@ def test_batch_that_cannot_be_cut_in_time() -> None:
     assert str(error.value) == (
         "the batch cannot be cut into microbatches without changing the result: the loss mixes samples of the batch\n"
         "  use microbatches=1"
+    )
+
+
+class Renormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).renorm(2, 1, 1.0).pow(2).sum()  # type: ignore[no-any-return]
+
+
+def test_batch_that_cannot_be_cut_in_time_for_want_of_a_rule() -> None:
+    with pytest.raises(PlanError) as error:
+        compile_parallel(Renormed(), Mesh(dp=1), example_inputs=(torch.randn(4, 4),), plan=Plan(microbatches=2))
+    line = inspect.getsourcelines(Renormed.forward)[1] + 1
+    assert str(error.value) == (
+        f"the batch cannot be cut into microbatches: aten.renorm.default at test_refusals.py:{line} has no rule and "
+        "needs it whole\n  add one with rules={aten.renorm.default: Rule(...)}, or use microbatches=1"
     )
 
 
