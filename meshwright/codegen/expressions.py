@@ -57,8 +57,8 @@ class Expressions:
             return spell(self._use(node))
         if node.target in VIEWS:
             source = operands(node)[0]
-            local, is_flexible = self.sizes.local, self.sizes.is_flexible
-            return spell_view(self.read(source), values[source], values[node], local, is_flexible)
+            local, flexibility = self.sizes.local, self.sizes.flexibility
+            return spell_view(self.read(source), values[source], values[node], local, flexibility)
         if node.target is aten.expand.default:
             source = operands(node)[0]
             return spell_expand(self.read(source), values[source], values[node], self.sizes.local)

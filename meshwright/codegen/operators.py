@@ -125,6 +125,27 @@ def _cross_entropy(use: Use) -> Text:
     return function("F.cross_entropy")(use)
 
 
+def _loss(use: Use) -> Text:
+    """Reductions are numbers in aten and words in public; what is not a tensor to compare goes by its name."""
+    name, arguments = use.target._schema.name.split("::")[1], use.target._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), use.args, strict=False)) | dict(use.kwargs)
+    first, second, *rest = ((a.name, given[a.name], a.default_value) for a in arguments if a.name in given)
+    words = [
+        f"{key}={plain(REDUCTIONS[value] if key == 'reduction' else value)}"
+        for key, value, default in rest
+        if isinstance(value, Text) or value != default
+    ]
+    return Text(f"F.{name}({', '.join([first[1].code, second[1].code, *words])})")
+
+
+REDUCTIONS = ("none", "mean", "sum")
+LOSSES = (
+    aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default,
+    aten.soft_margin_loss.default, aten.binary_cross_entropy.default, aten.binary_cross_entropy_with_logits.default,
+    aten.kl_div.default,
+)  # fmt: skip
+
+
 def _masked_fill(use: Use) -> Text:
     x, mask, value = use.args
     return Text(f"{x.at(20)}.masked_fill({plain(mask)}, {plain(value)})")
@@ -199,6 +220,7 @@ SPELLINGS: Mapping[Any, Spelling] = {
     F.cross_entropy: _cross_entropy,
     buffers.batch_norm: _batch_norm,
     buffers.store: _in_training(2),
+    **dict.fromkeys(LOSSES, _loss),
     random.dropout: _in_training(2),
     random.feature_dropout: _in_training(2),
     random.alpha_dropout: _in_training(2),

@@ -11,20 +11,20 @@ from meshwright.passes.factors import Factor, of_view
 
 Local = Callable[[Value, int, Factor | None], str]
 """The size of a dim of a value, or of one factor in it, as the code of a rank says it."""
-Flexible = Callable[[Value, int], bool]
-"""Whether a dim is better left to torch (-1): a rank has a piece of it, or it is the batch."""
+Flexibility = Callable[[Value, int], int]
+"""How much better a dim is left to torch (-1): a rank has a piece of it, it is the batch, or nothing says its size."""
 
 
-def spell_view(x: Text, source: Value, target: Value, local: Local, is_flexible: Flexible) -> Text:
+def spell_view(x: Text, source: Value, target: Value, local: Local, flexibility: Flexibility) -> Text:
     """Code for ``x`` of shape ``source`` seen as ``target``: without sizes where neighbours are merged and split."""
     code = x.at(20)
     factors = of_view(source.shape, target.shape)
     if _product(tuple(factor.size for factor in factors)) != _product(source.shape):
         fixed = (dim for dim, size in enumerate(target.shape) if isinstance(size, int))
-        free = next((dim for dim in fixed if is_flexible(target, dim)), None)
+        free = next((dim for dim in fixed if flexibility(target, dim)), None)
         sizes = ("-1" if dim == free else local(target, dim, None) for dim in range(len(target.shape)))
         return Text(f"{code}.reshape({', '.join(sizes)})")
-    return Text(_unflattened(code, source, target, factors, local, is_flexible))
+    return Text(_unflattened(code, source, target, factors, local, flexibility))
 
 
 def _product(sizes: tuple[Size, ...]) -> Size:
@@ -35,7 +35,7 @@ def _product(sizes: tuple[Size, ...]) -> Size:
 
 
 def _unflattened(
-    code: str, source: Value, target: Value, factors: tuple[Factor, ...], local: Local, is_flexible: Flexible
+    code: str, source: Value, target: Value, factors: tuple[Factor, ...], local: Local, flexibility: Flexibility
 ) -> str:
     """Squeeze, split every dim into its factors, merge groups of factors, unsqueeze."""
     inside: list[list[Factor]] = [[] for _ in source.shape]
@@ -53,7 +53,7 @@ def _unflattened(
     position = 0
     for group in groups:
         if len(group) > 1:
-            sizes = _factor_sizes(group, target, local, is_flexible)
+            sizes = _factor_sizes(group, target, local, flexibility)
             dim = -1 if group is groups[-1] and position else position
             code += f".unflatten({dim}, ({', '.join(sizes)}))"
         position += len(group)
@@ -71,10 +71,10 @@ def _unflattened(
     return code
 
 
-def _factor_sizes(group: list[Factor], target: Value, local: Local, is_flexible: Flexible) -> list[str]:
+def _factor_sizes(group: list[Factor], target: Value, local: Local, flexibility: Flexibility) -> list[str]:
     """The sizes of the factors of one dim, one of them -1."""
     dims = [factor.results[0].dim for factor in group]  # type: ignore[union-attr]
-    free = next((i for i, dim in enumerate(dims) if is_flexible(target, dim)), 0)
+    free = max(range(len(dims)), key=lambda i: flexibility(target, dims[i]))
     return [
         "-1" if i == free else local(target, dim, factor)
         for i, (dim, factor) in enumerate(zip(dims, group, strict=True))

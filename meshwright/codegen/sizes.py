@@ -50,10 +50,15 @@ class Sizes:
     axes: Mapping[str, int]
     symbols: set[str] = field(default_factory=set)
 
-    def is_flexible(self, value: Value, dim: int) -> bool:
-        """Whether a size is better not written: it differs with the mesh, or it is the batch."""
+    def flexibility(self, value: Value, dim: int) -> int:
+        """How much better a size is not written: 2 where no input has it, 1 where it differs with the mesh or is the
+        batch, else 0.
+        """
         size = value.shape[dim]
-        return _is_split(value, dim) or (isinstance(size, sympy.Expr) and size.has(BATCH))
+        symbols = size.free_symbols if isinstance(size, sympy.Expr) else set()
+        if any(not self._places_of(str(symbol)) for symbol in symbols):
+            return 2
+        return 1 if _is_split(value, dim) or BATCH in symbols else 0
 
     def local(self, value: Value, dim: int, factor: Factor | None = None) -> str:
         """The size of a dim as a rank has it, or of one of its factors, in the symbols of the code."""
@@ -82,15 +87,19 @@ class Sizes:
         """``T = input_ids.shape[1]`` for every size that the code names."""
         return [Line(code=f"{symbol} = {self._place_of(symbol)[0]}", margin="") for symbol in sorted(self.symbols)]
 
-    def _place_of(self, symbol: str) -> tuple[str, int]:
-        """Where the code reads a size, and in how many pieces it is cut there. Raises InternalError if nowhere."""
-        found = [
+    def _places_of(self, symbol: str) -> list[tuple[int, str, int]]:
+        """In how many pieces each input has a size, its name and the dim."""
+        return [
             (pieces(value, dim, self.axes), self.names[node], dim)
             for node in self.function.inputs()
             for value in (self.function.values[node],)
             for dim, size in enumerate(value.shape)
             if str(size) == symbol
         ]
+
+    def _place_of(self, symbol: str) -> tuple[str, int]:
+        """Where the code reads a size, and in how many pieces it is cut there. Raises InternalError if nowhere."""
+        found = self._places_of(symbol)
         if not found:
             raise InternalError(f"no input of the function has the size {symbol}")
         count, name, dim = min(found, key=lambda place: place[0])

@@ -1,7 +1,9 @@
 """How calls are written: what is known of one, what its code is, and the general ways to write it."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any
 
 import sympy
@@ -143,7 +145,9 @@ def runtime(use: Use) -> Text:
 
 
 def by_schema(use: Use) -> Text:
-    """``torch.name(...)``, else ``F.name(...)``, else the method, with keywords for what is not positional."""
+    """``torch.name(...)``, else ``F.name(...)``, else the method, with keywords for what is not positional; the
+    operator itself where the public function takes its arguments in another order.
+    """
     if not isinstance(use.target, torch._ops.OpOverload):
         return runtime(use)
     name = use.target._schema.name.split("::")[1]
@@ -165,9 +169,17 @@ def by_schema(use: Use) -> Text:
             return Text(f"torch.{family}.{name.removeprefix(family + '_')}({', '.join(written)})")
     if not use.target._schema.name.startswith("aten::"):
         return Text(f"torch.ops.{use.target}({', '.join(written)})")
-    owner = next((o for o, m in (("torch", torch), ("F", F)) if hasattr(m, name)), None)
+    names = [argument.name for argument in positional[: len(values)]]
+    owner = next((o for o, m in (("torch", torch), ("F", F)) if _takes(getattr(m, name, None), names)), None)
     if owner is not None:
         return Text(f"{owner}.{name}({', '.join(written)})")
-    if hasattr(torch.Tensor, name):
+    if not hasattr(F, name) and hasattr(torch.Tensor, name):
         return Text(f"{values[0].at(20)}.{name}({', '.join(written[1:])})")
     return Text(f"torch.ops.{use.target}({', '.join(written)})")
+
+
+def _takes(function: Any, names: list[str]) -> bool:
+    """Whether a public function takes the arguments of an operator by position; those in C share its schema."""
+    if function is None or isinstance(function, BuiltinFunctionType):
+        return function is not None
+    return list(inspect.signature(function).parameters)[1 : len(names)] == names[1:]

@@ -1,6 +1,5 @@
 """Capture: an ordinary module and example inputs become one normalized function with symbolic sizes."""
 
-import copy
 import inspect
 import io
 import logging
@@ -23,7 +22,7 @@ from meshwright.compiler.frames import keep_all_frames, raised_at
 from meshwright.compiler.graph import Buffer, Capture, Input, Parameter, Segment, Site
 from meshwright.compiler.initial import initial_values
 from meshwright.compiler.normalize import normalize
-from meshwright.compiler.precision import RealIndices, float64
+from meshwright.compiler.precision import RealIndices, doubled, float64
 from meshwright.compiler.random import refusing_other_generators
 from meshwright.compiler.tables import function_of
 from meshwright.compiler.written import CUMULATIVE, read_after_written
@@ -87,7 +86,7 @@ def capture(
     """
     names, leaves, rebuild, tree = _leaves(model, example_inputs)
     if precision == "fp64":
-        model = copy.deepcopy(model).double()
+        model = doubled(model)
         leaves = tuple(
             leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves
         )

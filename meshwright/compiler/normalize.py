@@ -288,6 +288,7 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.__and__.Tensor: _and,
     aten.bitwise_and.Tensor: _and,
     aten.__or__.Tensor: lambda node: insert(aten.bitwise_or.Tensor, node.args, like=node),
+    aten._unsafe_index.Tensor: lambda node: insert(aten.index.Tensor, node.args, like=node),
     aten.view.default: _unless_changed,
     aten.reshape.default: _unless_changed,
     aten.add.Tensor: _add_zero,

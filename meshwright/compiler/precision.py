@@ -1,10 +1,12 @@
 """Reading every floating dtype as float64, for proofs that compare two programs to the last digits."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -21,6 +23,16 @@ class _Float64(TorchFunctionMode):
             torch.dtype, lambda dtype: torch.float64 if dtype in _NARROW else dtype, (args, kwargs or {})
         )
         return _CASTS.get(func, func)(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def doubled(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in float64, with the plain tensors that its modules hold."""
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.dtype in _NARROW:
+                setattr(module, name, value.double())
+    return model
 
 
 class RealIndices(TorchFunctionMode):
