@@ -1,10 +1,12 @@
 """From a function's graph to the lines of a forward: each with its code, its name and what stands beside it."""
 
+import math
 import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import sympy
 from torch import fx
 
 from meshwright.codegen.calls import Call
@@ -220,6 +222,6 @@ def _is_complete(function: Function, node: fx.Node, found: Mapping[int, fx.Node]
     returns = node.target._schema.returns  # type: ignore[union-attr]
     if len(returns) > 1:
         return max(found) + 1 == len(returns)
-    source, parts = function.values[operands(node)[0]], [function.values[part] for part in found.values()]
-    cut = [d for d, size in enumerate(source.shape) if any(part.shape[d] != size for part in parts)]
-    return len(found) > 1 and all(sum(part.shape[d] for part in parts) == source.shape[d] for d in cut)
+    source, *parts = (function.values[n].shape for n in (operands(node)[0], *found.values()))
+    rest = math.prod(source) - sum(math.prod(part) for part in parts)
+    return len(found) > 1 and sympy.expand(rest) == 0

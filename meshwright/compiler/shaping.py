@@ -70,14 +70,6 @@ def _repeat(node: fx.Node) -> fx.Node:
     return source
 
 
-def _unbind(node: fx.Node) -> None:
-    """Every part is a select."""
-    dim = arguments_of(node)["dim"]
-    for part in list(node.users):
-        part.replace_all_uses_with(insert(aten.select.int, (node.args[0], dim, part.args[1]), like=node))
-        node.graph.erase_node(part)
-
-
 SHAPING: Mapping[Any, Rewrite] = {
     aten.new_zeros.default: _made(aten.zeros.default),
     aten.new_ones.default: _made(aten.ones.default),
@@ -87,7 +79,6 @@ SHAPING: Mapping[Any, Rewrite] = {
     aten.broadcast_to.default: _expand,
     aten.expand_as.default: _expand,
     aten.repeat.default: _repeat,
-    aten.unbind.int: _unbind,
     aten.reshape_as.default: _reshape,
     aten.view_as.default: _reshape,
 }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from meshwright import Mesh, Plan, PlanError, UnsupportedError, compile_parallel
+from meshwright.passes.rules import DEFAULT_RULES
 from tests import models
 
 
@@ -115,22 +116,44 @@ def test_batch_that_cannot_be_cut_in_time() -> None:
     )
 
 
-class Renormed(nn.Module):
+class Running(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x).renorm(2, 1, 1.0).pow(2).sum()  # type: ignore[no-any-return]
+        return self.linear(x).cumsum(1).pow(2).sum()  # type: ignore[no-any-return]
 
 
 def test_batch_that_cannot_be_cut_in_time_for_want_of_a_rule() -> None:
+    rules = {operator: rule for operator, rule in DEFAULT_RULES.items() if "cumsum" not in str(operator)}
+    plan, batch = Plan(microbatches=2), (torch.randn(4, 4),)
     with pytest.raises(PlanError) as error:
-        compile_parallel(Renormed(), Mesh(dp=1), example_inputs=(torch.randn(4, 4),), plan=Plan(microbatches=2))
-    line = inspect.getsourcelines(Renormed.forward)[1] + 1
+        compile_parallel(Running(), Mesh(dp=1), example_inputs=batch, plan=plan, rules=rules)
+    line = inspect.getsourcelines(Running.forward)[1] + 1
     assert str(error.value) == (
-        f"the batch cannot be cut into microbatches: aten.renorm.default at test_refusals.py:{line} has no rule and "
-        "needs it whole\n  add one with rules={aten.renorm.default: Rule(...)}, or use microbatches=1"
+        f"the batch cannot be cut into microbatches: aten.cumsum.default at test_refusals.py:{line} has no rule and "
+        "needs it whole\n  add one with rules={aten.cumsum.default: Rule(...)}, or use microbatches=1"
+    )
+
+
+class Chosen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)[x[:, 0] > 0].sum()  # type: ignore[no-any-return]
+
+
+def test_a_size_that_depends_on_the_data() -> None:
+    with pytest.raises(UnsupportedError) as error:
+        compile_parallel(Chosen(), Mesh(dp=1), example_inputs=(torch.randn(4, 4),))
+    line = inspect.getsourcelines(Chosen.forward)[1] + 1
+    assert str(error.value) == (
+        f"aten.index.Tensor at test_refusals.py:{line} gives a tensor whose size depends on the data, which no other "
+        "rank knows\n  keep all elements and weight them, as in (x * mask).sum(), or read one place each: "
+        "x.gather(dim, index)"
     )
 
 

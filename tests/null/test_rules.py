@@ -146,6 +146,10 @@ CASES: dict[Any, list[Callable[[], tuple[list[Any], dict[str, Any]]]]] = {
         lambda: ([_x(4, 6, 5), _x(6), _x(6).abs(), _x(6), _x(6), True], {"momentum": 0.1, "eps": 1e-5}),
         lambda: ([_x(4, 6, 5), None, None, _x(6), None, True], {"eps": 1e-5}),
     ],
+    aten._weight_norm_interface.default: [
+        lambda: ([_x(4, 6, 8), _x(1, 1, 8), 2], {}),
+        lambda: ([_x(4, 6), _x(4, 1)], {}),
+    ],
     aten.gather.default: [lambda: ([_x(4, 6), 1, _ids(6, 4, 2)], {}), lambda: ([_x(8, 6), 0, _ids(8, 4, 6)], {})],
     aten.scatter.src: [lambda: ([_x(4, 6), 1, _ids(6, 4, 1), _x(4, 1)], {})],
     aten.scatter.value: [lambda: ([_x(4, 6), 1, _ids(6, 4, 2), 3.0], {})],

@@ -154,6 +154,15 @@ def _batch_norm(call: Call, synchronized: bool = False) -> Factors:
     return Factors(factors=tuple(factors))
 
 
+def _weight_norm(call: Call) -> Factors:
+    """A direction scaled to the lengths along ``dim``; the other dims are measured whole."""
+    dim = call.argument(2, "dim", 0)
+    size = first_of(call).shape[dim]
+    count = len(call.results)
+    factor = Factor(size=size, operands=(Place(dim),) * 2, results=(Place(dim),) * count, whole=size == 1)
+    return Factors(factors=(factor,))
+
+
 _DIMS = ("1d", "2d", "3d")
 
 LAYERS: Rules = {
@@ -181,5 +190,6 @@ LAYERS: Rules = {
     aten.instance_norm.default: _samples_alone,
     aten.batch_norm.default: _batch_norm,
     batch_norm: partial(_batch_norm, synchronized=True),
+    aten._weight_norm_interface.default: _weight_norm,
     aten.scaled_dot_product_attention.default: attention,
 }
