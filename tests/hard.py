@@ -206,7 +206,8 @@ class Divisors(Model):
         logits = self.head(self.hidden(tokens)).flatten(0, 1)
         valid = labels != -100
         every = F.cross_entropy(logits, labels.flatten(), reduction="none")
-        return every.sum() / valid.to(logits.dtype).mean() / tokens.numel() + logits.tanh().sum() / tokens.shape[0]
+        mean = every.sum() / valid.to(logits.dtype).mean() / tokens.numel()
+        return mean + logits.tanh().sum() / tokens.shape[0]  # type: ignore[no-any-return]
 
 
 class Complex(nn.Module):

@@ -155,15 +155,14 @@ class _Cutter:
                     f"{_path(self.main, node)} writes to {str(writes(node)[0].target)!r} for what the loss of the "
                     "whole batch is divided by, which is not supported"
                 )
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
             if node.target in (all_reduce, part_of_mean):  # all microbatches at once: nothing to add up, no part
-                first, *axes = copies[node].args
-                kept = [axis for axis in axes if axis != MICROBATCH_AXIS]
-                if kept:
-                    copies[node].args = (first, *kept)
-                else:
-                    graph.erase_node(copies[node])
-                    copies[node] = first
+                kept = tuple(axis for axis in node.args[1:] if axis != MICROBATCH_AXIS)
+                if not kept:
+                    copies[node] = copies[node.all_input_nodes[0]]
+                    return
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+            if node.target in (all_reduce, part_of_mean):
+                copies[node].args = (copies[node].args[0], *kept)
 
         for node in self.prepared:
             visit(node)
