@@ -241,6 +241,7 @@ POINTWISE: list[tuple[Any, list[Any]]] = [
     (aten.pow.Tensor_Scalar, [_x(4, 6), 2]),
     (aten.masked_fill.Scalar, [_x(4, 6), _x(4, 6) > 0, 0]),
     (aten.where.self, [_x(4, 6) > 0, _x(4, 6), _x(1, 6)]),
+    (aten.frexp.Tensor, [_x(4, 6)]),  # with two results
 ]
 
 

@@ -17,17 +17,17 @@ def is_pointwise(target: Any) -> bool:
 
 
 def pointwise(call: Call) -> Factors:
-    """Every dim of the result, with the operands that are not broadcast along it."""
-    (result,) = call.results
-    ndim = len(result.shape)
+    """Every dim of the results, with the operands that are not broadcast along it."""
+    count, shape = len(call.results), call.results[0].shape
+    ndim = len(shape)
     operands = [value for value in call.operands if value is not None]
     factors = []
-    for dim, size in enumerate(result.shape):
+    for dim, size in enumerate(shape):
         places = []
         for value in operands:
             here = dim - (ndim - len(value.shape))
             places.append(Place(here) if here >= 0 and value.shape[here] == size else None)
-        factors.append(Factor(size=size, operands=tuple(places), results=(Place(dim),), whole=size == 1))
+        factors.append(Factor(size=size, operands=tuple(places), results=(Place(dim),) * count, whole=size == 1))
     return Factors(factors=tuple(factors), linear=_linear(call))
 
 
