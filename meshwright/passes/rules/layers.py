@@ -70,7 +70,7 @@ def attention(call: Call) -> Factors:
 
 def _baddbmm(call: Call) -> Factors:
     """The first operand is added once: what is summed over stays whole."""
-    rule = Rule("b m n, b m k!, b k! n -> b m n")
+    rule = Rule("b m n, b m k!, b k! n -> b m n", linear=((0, 1), (0, 2)))
     return instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
 
 
