@@ -101,8 +101,8 @@ def _buffer(buffer: Buffer, kept: Kept | None = None) -> dict[str, Any]:
         entry["aliases"] = list(buffer.aliases)
     if buffer.initial is not None:
         entry["init"] = {"op": buffer.initial[0], "args": list(buffer.initial[1])}
-    if buffer.read_after_written is not None:
-        entry["read_after_written"] = buffer.read_after_written
+    if buffer.unknown_evaluation is not None:
+        entry["unknown_evaluation"] = buffer.unknown_evaluation
     return entry
 
 

@@ -25,7 +25,7 @@ from meshwright.compiler.normalize import normalize
 from meshwright.compiler.precision import RealIndices, doubled, float64
 from meshwright.compiler.random import refusing_other_generators
 from meshwright.compiler.tables import function_of
-from meshwright.compiler.written import CUMULATIVE, read_after_written
+from meshwright.compiler.written import CUMULATIVE, with_unknown_evaluation
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 BATCH = sympy.Symbol("B", positive=True, integer=True)
@@ -120,14 +120,14 @@ def capture(
     normalize(exported.graph_module, constants, attributes, registered, segments if segment else None, sites, is_known)
     trainable = {name: p.trainable for name, p in parameters.items()}
     function = function_of(graph, renaming, input_names, attributes, trainable, segments, set(sites))
-    after = read_after_written(function)
+    unknown = with_unknown_evaluation(function, BATCH)
     used = {segments[name][0] if name in segments else name for name in function.attributes()}
     return Capture(
         model=type(model).__name__,
         function=function,
         parameters=parameters,
         buffers={
-            name: replace(buffer, read_after_written=after.get(name))
+            name: replace(buffer, unknown_evaluation=unknown.get(name))
             for name, buffer in buffers.items()
             if name in used or buffer.persistent
         },

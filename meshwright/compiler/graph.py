@@ -134,7 +134,7 @@ class Parameter:
 class Buffer:
     """A buffer that the program reads, or that ``state_dict()`` has: then it is ``persistent``.
 
-    read_after_written: where forward writes it, if what it writes has an effect on the loss of the same forward.
+    unknown_evaluation: where forward writes it, if that says that the loss may be computed otherwise in eval mode.
     initial: as for a parameter.
     """
 
@@ -143,7 +143,7 @@ class Buffer:
     dtype: torch.dtype
     persistent: bool
     aliases: tuple[str, ...] = ()
-    read_after_written: str | None = None
+    unknown_evaluation: str | None = None
     initial: tuple[str, tuple[float, ...]] | None = None
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any
 
+import sympy
 from torch import fx
 from torch.fx.node import map_arg
 
@@ -148,20 +149,35 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def read_after_written(function: Function) -> dict[str, str]:
-    """The buffers of which what is stored has an effect on the results too -> where."""
-    read: set[fx.Node] = set(function.results())
-    for node in reversed(function.graph.nodes):
+def with_unknown_evaluation(function: Function, batch: sympy.Symbol) -> dict[str, str]:
+    """The buffers that say that the model may compute its loss otherwise in eval mode -> where they are written.
+
+    The loss depends on what is stored, or on a statistic of the batch that what is stored is made of: so do batch
+    normalizations that a model has written itself.
+    """
+    graph, results = function.graph, function.results()
+    read: set[fx.Node] = set(results)
+    for node in reversed(graph.nodes):
         if node in read:
             ignored = READ_IN_TRAINING.get(node.target, ())
-            kwargs = {key: value for key, value in node.kwargs.items() if key not in ignored}
-            map_arg((node.args, kwargs), read.add)
-    stores = [node for node in function.graph.nodes if node.target is store]
-    return {
-        str(node.args[0].target): place(node)
-        for node in stores
-        if node.args[1] in read and node.args[1].op == "call_function"
-    }
+            map_arg((node.args, {k: v for k, v in node.kwargs.items() if k not in ignored}), read.add)
+    of_batch: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(used in of_batch for used in node.all_input_nodes):
+            of_batch.add(node)
+
+    def is_statistic(node: fx.Node) -> bool:
+        shape = function.values[node].shape if node in function.values else ()
+        by_sample = any(isinstance(size, sympy.Expr) and size.has(batch) for size in shape)
+        return node in of_batch and node.op == "call_function" and node not in results and not by_sample
+
+    found: dict[str, str] = {}
+    for node in (node for node in graph.nodes if node.target is store):
+        alone = only_stored(graph, {node})
+        shared = {used for inner in alone for used in inner.all_input_nodes if used not in alone and used in read}
+        if any(is_statistic(used) or used is node.args[1] and used.op == "call_function" for used in shared):
+            found[str(node.args[0].target)] = place(node)
+    return found
 
 
 def only_stored(graph: fx.Graph, stores: Set[fx.Node] | None = None) -> set[fx.Node]:

@@ -234,8 +234,8 @@ class Trainer:
         self.groups.microbatch = microbatch
 
     def _check_evaluation(self) -> None:
-        """Raises PlanError where what the loss is in eval mode is not known: with noise that is no dropout, and with
-        buffers that forward reads after it wrote to them.
+        """Raises PlanError where what the loss is in eval mode is not known: with noise that is no dropout, and where
+        it depends on what forward writes to buffers.
         """
         for name, entry in self.manifest.get("random", {}).items():
             if not entry["operator"].endswith("dropout"):
@@ -246,11 +246,11 @@ class Trainer:
                 )
 
         for name, entry in self.manifest["buffers"].items():
-            if "read_after_written" in entry:
+            if "unknown_evaluation" in entry:
                 raise PlanError(
                     f"cannot evaluate: the loss depends on what forward writes to {name!r} "
-                    f"({entry['read_after_written']}), and the program was captured in training: whether the model "
-                    "writes it in eval mode too is not known\n"
+                    f"({entry['unknown_evaluation']}), or on statistics of the batch in it, and the program was "
+                    "captured in training: what the model computes in eval mode is not known\n"
                     "  evaluate the model itself with the parameters of full_state_dict()"
                 )
 

@@ -258,19 +258,41 @@ def test_running_statistics_that_cannot_be_kept(run: Callable[..., torch.Tensor]
     assert _refusal(UnsupportedError, run) == message
 
 
-def test_evaluation_of_what_is_read_after_it_was_written(tmp_path: Path) -> None:
-    def run(model: Any, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = model.layer(x)
-        model.level.mul_(0.5).add_(y.detach().std())
-        loss: torch.Tensor = y.pow(2).mean() * model.level
-        return loss
+def _normalizing_by_hand(model: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = model.layer(x)
+    mean = y.mean()
+    model.level.lerp_(mean.detach(), 0.1)
+    loss: torch.Tensor = (y - mean).pow(2).mean()
+    return loss
 
+
+def _reading_what_was_written(model: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = model.layer(x)
+    model.level.mul_(0.5).add_(y.detach().std())
+    loss: torch.Tensor = y.pow(2).mean() * model.level
+    return loss
+
+
+@pytest.mark.parametrize("run", [_normalizing_by_hand, _reading_what_was_written])
+def test_evaluation_of_what_is_not_known(run: Callable[..., torch.Tensor], tmp_path: Path) -> None:
     _compiled(run, Mesh(dp=1)).emit(tmp_path / "bundle")
     trainer = Trainer(tmp_path / "bundle", optimizer=lambda named: torch.optim.SGD(named, lr=0.1), device="cpu")
+    trainer.step((X,))
     with pytest.raises(PlanError) as error:
         trainer.evaluate((X,))
     assert re.sub(r"\.py:\d+", ".py:N", str(error.value)) == (
-        "cannot evaluate: the loss depends on what forward writes to 'level' (at test_written.py:N), and the program "
-        "was captured in training: whether the model writes it in eval mode too is not known\n"
+        "cannot evaluate: the loss depends on what forward writes to 'level' (at test_written.py:N), or on statistics "
+        "of the batch in it, and the program was captured in training: what the model computes in eval mode is not "
+        "known\n"
         "  evaluate the model itself with the parameters of full_state_dict()"
     )
+
+
+@pytest.mark.parametrize("run", [_averaging, _storing_the_loss])
+def test_evaluation_writes_nothing(run: Callable[..., torch.Tensor], tmp_path: Path) -> None:
+    _compiled(run, Mesh(dp=1)).emit(tmp_path / "bundle")
+    trainer = Trainer(tmp_path / "bundle", optimizer=lambda named: torch.optim.SGD(named, lr=0.1), device="cpu")
+    trainer.evaluate((X,))
+    assert trainer.full_state_dict()["level"] == 1.0
+    trainer.step((X,))
+    assert trainer.full_state_dict()["level"] != 1.0
