@@ -168,7 +168,8 @@ class _Cutter:
             visit(node)
         graph.output(tuple(copies[node] for node in self.prepared))
         tables = _tables(self.main, graph, copies)
-        values = {node: _at_once(value) for node, value in tables.values.items()}
+        # Parameters and buffers are no microbatch's, and have one type wherever they are used.
+        values = {node: v if node.op == "get_attr" else _at_once(v) for node, v in tables.values.items()}
         return Function(graph=graph, values=values, origins=tables.origins)
 
 
