@@ -2,7 +2,7 @@
 
     python benchmarks/zoo.py [LlamaForCausalLM ...] [--mesh tp2 ...] [--markdown]
 
-Small configurations (tests/zoo.py), float64: the loss and every gradient of one step against one device. A cell says
+Small configurations (tests/zoo), float64: the loss and every gradient of one step against one device. A cell says
 "exact", "exact, N whole" (N operators have no rule and ran whole), or why not. All ranks are threads of this process;
 --processes gives each a process of its own, over gloo.
 """
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table for the README")
     args = parser.parse_args()
     if unknown := [name for name in args.classes if name not in zoo.ZOO]:
-        parser.error(f"tests/zoo.py has no {', '.join(unknown)}: it has {', '.join(zoo.ZOO)}")
+        parser.error(f"tests/zoo has no {', '.join(unknown)}: it has {', '.join(zoo.ZOO)}")
     logging.disable(logging.WARNING)
     ranks, rows = Pool() if args.processes else OneProcess(), {}
     for name in args.classes or zoo.ZOO:

@@ -80,7 +80,7 @@ def infix(symbol: str, strength: int, commutes: bool = True) -> Spelling:
 
 
 def _operand(value: Any) -> Text:
-    """Data beside an operator: a size that is itself computed (``2*B``, ``T + 1``) binds as ``+`` does."""
+    """Data beside an operator: a size that is itself computed (``2*B``, ``T + 1``) binds no better than ``+``."""
     if isinstance(value, Text):
         return value
     code = plain(value)

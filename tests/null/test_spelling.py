@@ -1,6 +1,7 @@
 """Every operator that a rule knows, written by the emitter and run: the code computes what the operator does."""
 
 import operator as python
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def test_the_code_computes_what_the_operator_does(number: int) -> None:
     body = write(Function(graph=graph, values=values, origins={}), {n: str(n.target) for n in given}, {}, {})
     lines = "\n    ".join(line.code for line in body.lines)
     space = {"torch": torch, "F": F, **{name: getattr(runtime, name) for name in body.runtime}}
-    exec(f"def forward({', '.join(body.arguments)}):\n    {lines}", space)
-    got = space["forward"](*given.values())  # type: ignore[operator]
+    exec(f"def forward(self, {', '.join(body.arguments)}):\n    {lines}", space)
+    got = space["forward"](SimpleNamespace(training=True), *given.values())  # type: ignore[operator]
     for a, b in zip(got if isinstance(got, tuple) else (got,), wanted, strict=True):
         assert a.shape == b.shape and torch.equal(a, b), lines
