@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from meshwright import UnsupportedError
 from meshwright.compiler.text import function_text
-from tests.null.passes import Model, captured, parameter, same
+from tests.null.passes import Model, captured, check_exact, parameter, same
 
 X = torch.randn(4, 8)
 TOKENS = torch.randint(10, (4, 6))
@@ -559,3 +559,57 @@ def test_a_projection_of_which_a_part_is_left_out_stays_whole(first: slice, seco
 
     text = _text(Model(run, fused=nn.Linear(8, 12)), X)
     assert "fused.weight[" not in text and "aten.slice" in text
+
+
+def test_what_is_repeated_is_broadcast_along_a_dim_of_its_own() -> None:
+    def run(self: Any, x: torch.Tensor) -> Any:
+        return torch.cat([x.repeat(1, 2), self.weight.repeat(x.shape[0], 1)], 1).sum()
+
+    same(
+        _text(Model(run, weight=parameter(8)), X),
+        """
+        weight               weight                                               (8,)       float32  parameters grad
+        x                    input                                                (B, 8)     float32  inputs
+        unsqueeze_default    aten.unsqueeze(x, 1)                                 (B, 1, 8)  float32  inputs
+        expand_default       aten.expand(unsqueeze_default, [-1, 2, -1])          (B, 2, 8)  float32  inputs
+        flatten_using_ints   aten.flatten(expand_default, 1, 2)                   (B, 16)    float32  inputs
+        unsqueeze_default_1  aten.unsqueeze(weight, 0)                            (1, 8)     float32  parameters grad
+        expand_default_1     aten.expand(unsqueeze_default_1, [B, -1])            (B, 8)     float32  parameters grad
+        cat_default          aten.cat([flatten_using_ints, expand_default_1], 1)  (B, 24)    float32  data grad
+        sum_default          aten.sum(cat_default)                                ()         float32  data grad
+                             output sum_default
+        """,
+    )
+
+
+def test_a_batch_that_is_made_by_repeating_is_cut_like_any_other() -> None:
+    """Bloom's biases: four heads for every sample, the samples outside."""
+
+    def run(self: Any, x: torch.Tensor) -> Any:
+        slopes = torch.arange(4.0).unsqueeze(1).repeat(x.shape[0], 1)
+        return ((x * self.weight).view(-1, 2) * slopes).pow(2).sum()
+
+    check_exact(Model(run, weight=parameter(8)), (torch.randn(8, 8),), dp=2, mb=2)
+
+
+def test_one_place_for_every_sample_is_a_gather() -> None:
+    """Classifiers read the last token; a place counts from the back too."""
+
+    def run(self: Any, tokens: torch.Tensor) -> Any:
+        hidden = self.weight[tokens]
+        last = (tokens > 3).sum(1) - 1 - tokens.shape[1]
+        return hidden[torch.arange(tokens.shape[0]), last].pow(2).mean()
+
+    check_exact(Model(run, weight=parameter(10, 4)), (torch.randint(10, (8, 6)),), dp=2, mb=2)
+
+
+def test_the_shape_of_another_tensor_is_a_shape() -> None:
+    def run(self: Any, x: torch.Tensor) -> Any:
+        wide = self.weight.expand_as(x).reshape(-1)
+        empty = x.new_empty(x.shape[0], 8)
+        empty.copy_(x)
+        return (wide.view_as(x) * empty * x.reshape(-1).reshape_as(x)).sum()
+
+    text = _text(Model(run, weight=parameter(8)), X)
+    assert not any(name in text for name in ("_as(", "empty"))
+    check_exact(Model(run, weight=parameter(8)), (torch.randn(8, 8),), dp=2, mb=2)
