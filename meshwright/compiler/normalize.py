@@ -73,6 +73,7 @@ def normalize(
         elif node.target is aten.expand.default:
             _sink_expand(node)
     drawn.finish()
+    _promote(graph)
     remove_dead(graph)
     if segments is not None:
         cut_segments(graph, attributes, segments)
@@ -245,6 +246,25 @@ def _covers(shapes: list[torch.Size], result: torch.Tensor) -> bool:
         if wanted[-dim] not in sizes:
             return False
     return True
+
+
+# Dtypes
+
+
+def _promote(graph: fx.Graph) -> None:
+    """Integers that meet numbers become torch's default dtype, which a program does not have from its model: in
+    float64 they are cast.
+    """
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+        if not pointwise or not isinstance(value, torch.Tensor) or value.dtype != torch.float64:
+            continue
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if any(n.meta["val"].is_floating_point() for n in tensors) or node.target is aten.where.Scalar:
+            continue
+        for tensor in tensors:
+            node.replace_input_with(tensor, insert(aten.to.dtype, (tensor, value.dtype), like=node))
 
 
 # Common subexpressions

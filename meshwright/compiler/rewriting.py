@@ -16,7 +16,8 @@ aten = torch.ops.aten
 def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: fx.Node) -> fx.Node:
     """A new node before ``like``, with the source of ``like`` and a fake value of its own."""
     with like.graph.inserting_before(like):
-        node = like.graph.call_function(target, args, kwargs or {})
+        node = like.graph.call_function(target)
+    node.args, node.kwargs = args, kwargs or {}  # by themselves: create_node warns of plain sizes, which run nowhere
     node.meta.update({key: value for key, value in like.meta.items() if key in ("stack_trace", "nn_module_stack")})
     values = map_arg((args, kwargs or {}), lambda n: n.meta["val"])
     given = [n.meta.get("val") for n in (*node.all_input_nodes, like)]

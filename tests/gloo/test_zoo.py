@@ -6,17 +6,19 @@ from tests.gloo.outcomes import outcome
 from tests.gloo.pool import OneProcess
 
 CASES = [
-    ("Qwen2ForCausalLM", "3D zero1"),
-    ("MixtralForCausalLM", "dp2"),
+    ("BloomForCausalLM", "pp2"),
+    ("DeepseekV3ForCausalLM", "3D zero1"),
+    ("Qwen2MoeForCausalLM", "dp2"),
     ("MambaForCausalLM", "tp2"),
-    ("BertForMaskedLM", "3D zero3"),
+    ("GPT2ForSequenceClassification", "pp2"),
+    ("BertForMultipleChoice", "3D zero3"),
     ("T5ForConditionalGeneration", "pp2"),
     ("BartForConditionalGeneration", "3D zero1"),
-    ("ViTForImageClassification", "3D zero3"),
+    ("ViTForMaskedImageModeling", "dp2"),
     ("SwinForImageClassification", "dp2"),
-    ("WhisperForConditionalGeneration", "tp2"),
+    ("WhisperForConditionalGeneration", "pp2"),
     ("Wav2Vec2ForSequenceClassification", "dp2"),
-    ("CLIPModel", "tp2"),
+    ("CLIPModel", "3D zero3"),
     ("ResNetForImageClassification", "3D zero1"),
 ]
 

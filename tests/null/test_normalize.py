@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from meshwright import UnsupportedError
+from meshwright.compiler.capture import capture
 from meshwright.compiler.text import function_text
 from tests.null.passes import Model, captured, check_exact, parameter, same
 
@@ -613,3 +614,14 @@ def test_the_shape_of_another_tensor_is_a_shape() -> None:
     text = _text(Model(run, weight=parameter(8)), X)
     assert not any(name in text for name in ("_as(", "empty"))
     check_exact(Model(run, weight=parameter(8)), (torch.randn(8, 8),), dp=2, mb=2)
+
+
+def test_integers_that_meet_numbers_are_cast_in_float64() -> None:
+    """The default dtype of the model's run would round them otherwise."""
+
+    def run(self: Any, x: torch.Tensor) -> Any:
+        return (x * self.weight).sum() / ((x > 0).sum() + 1e-5)
+
+    doubled = function_text(capture(Model(run, weight=parameter(8)), (X,), precision="fp64").function)
+    assert "aten.to(sum_default_1, torch.float64)" in doubled
+    assert "aten.to(" not in _text(Model(run, weight=parameter(8)), X)
