@@ -238,6 +238,7 @@ SPELLINGS: Mapping[Any, Spelling] = {
     aten.select.int: _select,
     aten.index.Tensor: _index,
     aten.split.Tensor: _chunk,
+    aten.split_with_sizes.default: method("split", "", "dim"),
     aten.pad.default: _pad,
     aten.arange.default: _arange,
     aten.arange.start: _arange,

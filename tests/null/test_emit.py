@@ -100,6 +100,16 @@ def test_a_size_that_is_computed_stands_in_parentheses(tmp_path: Path) -> None:
     assert "/ (6*B) - " in text and "/ (2*B + 1)" in text
 
 
+def test_parts_of_given_sizes_are_split_as_people_write_it(tmp_path: Path) -> None:
+    def run(self: Model, x: torch.Tensor) -> torch.Tensor:
+        first, second = torch.split(x * self.w, [1, 2], dim=-1)  # type: ignore[operator]
+        return (first * second).sum()
+
+    program = compile_parallel(Model(run, w=parameter(3)), Mesh(dp=2), example_inputs={"x": torch.randn(4, 3)})
+    text = (program.emit(tmp_path / "bundle") / "stages/stage_0.py").read_text()
+    assert ".split((1, 2), dim=-1)" in text
+
+
 def test_verify_finds_what_was_changed(tmp_path: Path) -> None:
     directory = _emit(models.build("llama"), "llama", Mesh(pp=2, tp=2), tmp_path / "bundle", microbatches=4)
     assert verify_bundle(directory)[-1] == "no file was edited"
