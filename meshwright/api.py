@@ -21,11 +21,12 @@ from meshwright.compiler.plan import Plan
 from meshwright.compiler.program import Lowered
 from meshwright.passes.axes import axes_of, pins_of
 from meshwright.passes.cost import prices
+from meshwright.passes.fallback import without_rule
 from meshwright.passes.lower import lower
 from meshwright.passes.partition import partition
-from meshwright.passes.propagate import factor, propagate, without_rule
+from meshwright.passes.propagate import factor, propagate
 from meshwright.passes.reshard import reshard
-from meshwright.passes.rules import DEFAULT_RULES, Rules, is_pointwise
+from meshwright.passes.rules import DEFAULT_RULES, Rules, by_overload, is_pointwise
 from meshwright.passes.verify import verify
 
 Progress = Callable[[str, float], None]
@@ -80,10 +81,11 @@ def compile_parallel(
     mesh: a Mesh, or a torch DeviceMesh whose dims have its names.
     example_inputs: the GLOBAL batch of one step, a dict (forward's keyword arguments) or a tuple.
     loss_fn: ``loss_fn(model, batch) -> scalar``; None: ``model(**batch)`` is the loss or has ``.loss``.
+    rules: what operators do to dims; {**DEFAULT_RULES, op: Rule("...")} adds one.
     progress: called with the name of each finished stage of the compiler and its seconds.
     Raises PlanError where the request is wrong, UnsupportedError where the model uses what is not supported.
     """
-    mesh, plan = Mesh.of(mesh), plan or Plan()
+    mesh, plan, rules = Mesh.of(mesh), plan or Plan(), by_overload(rules)
     with _timed(progress) as done:
         batch = example_of(model, example_inputs, mesh, plan)
         captured = capture(
@@ -109,7 +111,7 @@ def compile_parallel(
         done("reshard")
         parts = partition(typed, mesh.size("pp"), plan.split, priced)
         done("partition")
-        unruled = without_rule(blocks, factors) if mesh.num_ranks > 1 else ()
+        unruled = without_rule(typed, rules, dict(mesh.axes), captured.symbols)  # the conversions are known now
         lowered = lower(captured, typed, parts, mesh, plan, (*kept_in_eval(captured), *unruled))
         for line in lowered.warnings:
             warnings.warn(line, stacklevel=2)

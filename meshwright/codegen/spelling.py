@@ -164,11 +164,11 @@ def by_schema(use: Use) -> Text:
     ):
         values.pop()
     written = [plain(a) for a in values] + [f"{k}={plain(v)}" for k, v in kwargs.items()]
+    if not use.target._schema.name.startswith("aten::"):
+        return Text(f"torch.ops.{use.target}({', '.join(written)})")
     for family in ("fft", "linalg", "special"):
         if name.startswith(f"{family}_"):
             return Text(f"torch.{family}.{name.removeprefix(family + '_')}({', '.join(written)})")
-    if not use.target._schema.name.startswith("aten::"):
-        return Text(f"torch.ops.{use.target}({', '.join(written)})")
     names = [argument.name for argument in positional[: len(values)]]
     owner = next((o for o, m in (("torch", torch), ("F", F)) if _takes(getattr(m, name, None), names)), None)
     if owner is not None:

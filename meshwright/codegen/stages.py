@@ -13,6 +13,7 @@ from meshwright.codegen.margin import legend, margin
 from meshwright.codegen.views import ClassView, StageView
 from meshwright.codegen.wording import identifier, paths_text, ranks_text, unused, wrapped
 from meshwright.codegen.writing import Body, write
+from meshwright.compiler.foreign import is_foreign, module_of
 from meshwright.compiler.graph import Block, Function
 from meshwright.compiler.mesh import MICROBATCH_AXIS
 from meshwright.compiler.program import Lowered, Stage
@@ -35,6 +36,7 @@ def stage_view(lowered: Lowered, stage: Stage, edges: Mapping[str, str]) -> Stag
         uses_functional=any(body.uses_functional for body in bodies),
         uses_torch=any("torch." in line.code for line in lines),
         runtime=imported({name for body in bodies for name in body.runtime}),
+        registering=writer.registering(),
         classes=tuple(classes),
     )
 
@@ -94,6 +96,15 @@ class _StageWriter:
             prepare_docstring=f"Once per step, on this dp rank's whole batch: {', '.join(stage.prepares)}.",
             prepare=tuple(forward_lines(prepare.lines)) if prepare else (),
         )
+
+    def registering(self) -> tuple[tuple[str, str], ...]:
+        """The modules of operators that are not torch's own, with the operators."""
+        functions = [block.function for block in self.blocks] + [self.stage.function]
+        functions += [self.stage.prepare] if self.stage.prepare else []
+        found: dict[str, set[str]] = {}
+        for node in (node for function in functions for node in function.graph.nodes if is_foreign(node.target)):
+            found.setdefault(module_of(node.target) or "", set()).add(f"torch.ops.{node.target}")
+        return tuple((module, ", ".join(sorted(operators))) for module, operators in sorted(found.items()))
 
     def docstring(self) -> str:
         """What the file is of, and who runs it."""

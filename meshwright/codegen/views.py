@@ -30,11 +30,12 @@ class ClassView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageView:
-    """A stage file."""
+    """A stage file. ``registering``: (module, the operators that its import registers)."""
 
     docstring: str
     legend: tuple[tuple[str, str], ...]
     uses_functional: bool
     uses_torch: bool
     runtime: str
+    registering: tuple[tuple[str, str], ...]
     classes: tuple[ClassView, ...]

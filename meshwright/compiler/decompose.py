@@ -12,19 +12,22 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 Known = Callable[[Any], bool]
 
 
-def decompose(graph: fx.Graph, is_known: Known) -> None:
-    """Replace every composite operator that is not known by what it is composed of in the end; the others stay."""
+def decompose(graph: fx.Graph, is_known: Known, *, views: bool = False) -> None:
+    """Replace every composite operator that is not known by what it is composed of in the end; the others stay.
+
+    views: those too whose result may share memory with an operand, once nothing is written in place any more.
+    """
     for node in list(graph.nodes):
-        if _is_unknown(node, is_known):
+        if _is_unknown(node, is_known, views):
             _inline(node)
 
 
-def _is_unknown(node: fx.Node, is_known: Known) -> bool:
+def _is_unknown(node: fx.Node, is_known: Known, views: bool) -> bool:
     target: Any = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or is_known(target):
         return False
     shares = any(result.alias_info is not None for result in target._schema.returns)
-    return not shares and target._can_decompose()
+    return (views or not shares) and target._can_decompose()
 
 
 def _inline(node: fx.Node) -> None:

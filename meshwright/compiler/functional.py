@@ -189,6 +189,18 @@ def _filled(node: fx.Node) -> fx.Node:
     return _insert(aten.full_like.default, (changed, value), {}, node)
 
 
+def _diagonal_filled(node: fx.Node) -> fx.Node:
+    """Of a matrix; of more dims, and of tall ones wrapped around, it is none of a pair of dims."""
+    given = arguments_of(node)
+    if given["wrap"] or given["self"].meta["val"].ndim != 2:
+        raise UnsupportedError(
+            f"fill_diagonal_ {place(node)} fills what is no diagonal of a matrix\n  write it with torch.where"
+        )
+    diagonal = _insert(aten.diagonal.default, (given["self"],), {}, node)
+    filled = _insert(aten.full_like.default, (diagonal, given["fill_value"]), {}, node)
+    return _insert(aten.diagonal_scatter.default, (given["self"], filled), {}, node)
+
+
 def _bernoulli(node: fx.Node) -> fx.Node:
     given = arguments_of(node)
     target = aten.bernoulli.Tensor if isinstance(given["p"], fx.Node) else aten.bernoulli.p
@@ -204,6 +216,7 @@ _WRITES: Mapping[str, Callable[[fx.Node], fx.Node]] = {
     "bernoulli_": _bernoulli,
     "copy_": _copied,
     "fill_": _filled,
+    "fill_diagonal_": _diagonal_filled,
     "normal_": _normal,
     "zero_": _filled,
 }
@@ -250,7 +263,14 @@ def _itself(view: fx.Node, source: fx.Node, part: fx.Node, where: fx.Node) -> fx
     return part
 
 
+def _narrowed(view: fx.Node, source: fx.Node, part: fx.Node, where: fx.Node) -> fx.Node:
+    dim, start, length = view.args[1:]
+    return _insert(aten.slice_scatter.default, (source, part, dim, start, start + length), {}, where)  # type: ignore[operator]
+
+
 _BACK: Mapping[Any, Back] = {
+    aten.diagonal.default: _into(aten.diagonal_scatter.default),
+    aten.narrow.default: _narrowed,
     aten.select.int: _into(aten.select_scatter.default),
     aten.slice.Tensor: _sliced,
     aten.transpose.int: _again,

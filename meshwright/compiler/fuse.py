@@ -7,9 +7,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from meshwright.compiler.errors import UnsupportedError
 from meshwright.compiler.graph import Segment
-from meshwright.compiler.rewriting import arguments_of, aten, insert, place, shape_of, static
+from meshwright.compiler.rewriting import arguments_of, aten, insert, shape_of, static
+from meshwright.compiler.sums import SUMS, added
 
 
 def _linear(node: fx.Node) -> fx.Node | None:
@@ -44,7 +44,7 @@ def _addmm(node: fx.Node) -> fx.Node | None:
     """bias + x @ weight, on x as it was before its leading dims were flattened if they are restored right after."""
     bias, left, right = node.args
     if any(node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta")):
-        return None
+        return added(lambda node, left, right: insert(aten.matmul.default, (left, right), like=node))(node)
     flat, whole = left, None
     if isinstance(flat, fx.Node) and flat.target in (aten.view.default, aten.reshape.default):
         whole = flat.args[0]
@@ -76,13 +76,8 @@ def _cross_entropy(node: fx.Node) -> fx.Node | None:
     soft = labels.meta["val"].is_floating_point()
     labels = _rows(node, labels) if soft else _flat(node, labels)
     if given["reduction"] == NONE:
-        if soft or given["label_smoothing"]:
-            raise UnsupportedError(
-                f"cross entropy {place(node)} with reduction='none' and soft labels or smoothing is not supported yet\n"
-                "  write it with log_softmax and gather"
-            )
         logarithms = insert(aten.log_softmax.int, (logits, 1), like=node)
-        return _picked(node, logarithms, labels, given)[0]
+        return _each(node, logarithms, labels, given, soft)
     options: dict[str, Any] = {"reduction": "sum"}
     if given["ignore_index"] != -100 and not soft:
         options["ignore_index"] = given["ignore_index"]
@@ -104,12 +99,42 @@ def _cross_entropy(node: fx.Node) -> fx.Node | None:
     return insert(aten.div.Tensor, (total, count), like=node)
 
 
+def _each(node: fx.Node, logarithms: fx.Node, labels: fx.Node, given: Mapping[str, Any], soft: bool) -> fx.Node:
+    """The loss of every row: that of its label, or of its soft target, and a part of that of all classes (smoothing)."""
+    part, weight = given["label_smoothing"], given["weight"]
+    weighted = logarithms if weight is None else insert(aten.mul.Tensor, (logarithms, weight), like=node)
+    if soft:
+        target = labels
+        if part:
+            kept = insert(aten.mul.Tensor, (labels, 1 - part), like=node)
+            target = insert(aten.add.Tensor, (kept, part / logarithms.meta["val"].shape[1]), like=node)
+        product = insert(aten.mul.Tensor, (weighted, target), like=node)
+        losses = insert(aten.neg.default, (insert(aten.sum.dim_IntList, (product, [1]), like=node),), like=node)
+    else:
+        losses = _picked(node, logarithms, labels, given)[0]
+        if part:
+            valid = insert(aten.ne.Scalar, (labels, given["ignore_index"]), like=node)
+            every = insert(aten.sum.dim_IntList, (weighted, [1]), like=node)
+            every = insert(aten.mul.Tensor, (every, -part / logarithms.meta["val"].shape[1]), like=node)
+            every = insert(aten.mul.Tensor, (every, valid), like=node)
+            losses = insert(aten.mul.Tensor, (losses, 1 - part), like=node)
+            losses = insert(aten.add.Tensor, (losses, every), like=node)
+    return _shaped(node, losses)
+
+
+def _shaped(node: fx.Node, losses: fx.Node) -> fx.Node:
+    """One loss for each row, as the operator gives them."""
+    if node.meta["val"].ndim == 1:
+        return losses
+    return insert(aten.reshape.default, (losses, list(node.meta["val"].shape)), like=node)
+
+
 def _nll(node: fx.Node) -> fx.Node | None:
     """The logarithms at the labels, over the count of those that are valid."""
     given = arguments_of(node)
     losses, counted = _picked(node, _rows(node, given["self"]), _flat(node, given["target"]), given)
     if given["reduction"] == NONE:
-        return losses
+        return _shaped(node, losses)
     total = insert(aten.sum.default, (losses,), like=node)
     if given["reduction"] == SUM:
         return total
@@ -129,8 +154,6 @@ def _picked(node: fx.Node, logarithms: fx.Node, labels: fx.Node, given: Mapping[
     places = insert(aten.unsqueeze.default, (known, 1), like=node)
     found = insert(aten.squeeze.dim, (insert(aten.gather.default, (logarithms, 1, places), like=node), 1), like=node)
     losses = insert(aten.neg.default, (insert(aten.mul.Tensor, (found, counted), like=node),), like=node)
-    if given["reduction"] == NONE and given["target"].meta["val"].ndim != 1:
-        losses = insert(aten.reshape.default, (losses, list(given["target"].meta["val"].shape)), like=node)
     return losses, counted
 
 
@@ -161,6 +184,7 @@ FUSIONS: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
     aten.t.default: _transpose,
     aten.mT.default: _last_two,
     aten.addmm.default: _addmm,
+    **SUMS,
     aten.cross_entropy_loss.default: _cross_entropy,
     aten.nll_loss_nd.default: _nll,
 }

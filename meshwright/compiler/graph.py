@@ -78,6 +78,12 @@ class Function:
         (output,) = (node for node in self.graph.nodes if node.op == "output")
         return tuple(output.args[0])
 
+    def place(self, node: fx.Node) -> str:
+        """Where in the user's source a node comes from, for messages."""
+        origin = self.origins.get(node)
+        file, line = origin.statement if origin else ("", 0)
+        return f"at {file.rsplit('/', 1)[-1]}:{line}" if file else "in the model"
+
     def attributes(self) -> tuple[str, ...]:
         """The parameters and buffers that are used, in order of first use."""
         return tuple(dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "get_attr"))

@@ -15,9 +15,11 @@ from torch.fx.node import map_arg
 
 from meshwright.compiler.decompose import Known, decompose
 from meshwright.compiler.errors import UnsupportedError
+from meshwright.compiler.foreign import refuse_foreign
 from meshwright.compiler.functional import functionalize
 from meshwright.compiler.fuse import FUSIONS, cut_segments
 from meshwright.compiler.graph import Segment, Site
+from meshwright.compiler.in_place import plain_views
 from meshwright.compiler.indexing import index
 from meshwright.compiler.masks.causal import is_causal
 from meshwright.compiler.random import Sites, is_random
@@ -43,16 +45,22 @@ def normalize(
     parameters and buffers with their names. buffers: those of registered buffers. segments: filled with the parts of
     unevenly fused parameters, which are then read one by one; None leaves them whole. sites: filled with what random
     operators draw from. is_known: which composite operators stay as they are.
-    Raises UnsupportedError for random operators that are not supported, and for in-place operations that have no pure
-    form.
+    Raises UnsupportedError for random operators that are not supported, for in-place operations that have no pure
+    form, and for operators of other libraries that cannot be imported.
     """
     graph = module.graph
     _inline_submodules(module)
-    _refuse_foreign(graph, is_known)
+    refuse_foreign(graph)
     ours = {*_REWRITES, *SHAPING, *FUSIONS, *NORMALIZATIONS}
-    decompose(graph, lambda target: target in ours or is_random(target) or is_known(target))
+
+    def stays(target: Any) -> bool:
+        return target in ours or is_random(target) or is_known(target)
+
+    decompose(graph, stays)
+    plain_views(graph)
     keep_statistics(graph, attributes, buffers)
     functionalize(graph, attributes, buffers)
+    decompose(graph, stays, views=True)
     _drop_needless_detaches(graph)
     rewrites: dict[Any, Rewrite] = {**_REWRITES, **SHAPING, **FUSIONS}
     rewrites[aten.cat.default] = _drop_empty_parts
@@ -81,18 +89,6 @@ def normalize(
     _share(graph)
     remove_dead(graph)
     keep_old_values(graph, attributes)
-
-
-def _refuse_foreign(graph: fx.Graph, is_known: Known) -> None:
-    """Raise UnsupportedError for an operator of another library, unless a rule of the user's knows it."""
-    for node in graph.nodes:
-        is_operator = isinstance(node.target, torch._ops.OpOverload)
-        if is_operator and node.target.namespace not in ("aten", "prims") and not is_known(node.target):
-            raise UnsupportedError(
-                f"{node.target} {place(node)} is no operator of torch's own, and the emitted program cannot import it\n"
-                "  choose another implementation (for experts in Transformers: "
-                "model.set_experts_implementation('batched_mm'))"
-            )
 
 
 def remove_dead(graph: fx.Graph) -> None:

@@ -102,6 +102,7 @@ COLLECTIVES: Mapping[tuple[str, str], tuple[str | None, str | None]] = {
     ("S", "I"): ("all_gather", None),
     ("I", "S"): (None, "all_gather"),
     ("R", "S"): (None, None),
+    ("R", "P"): (None, None),
     ("P", "S"): ("reduce_scatter", "all_gather"),
     ("S", "S"): ("all_to_all", "all_to_all"),
 }
@@ -119,13 +120,15 @@ def is_conversion(source: Type, target: Type) -> bool:
 
 def conversion_time(prices: Prices, value: Value, source: Type, target: Type, pieces: int) -> float:
     """Seconds of one conversion, forward and backward."""
+    volumes = conversion_volumes(prices.elements(value) * BYTES, value.grad, source, target, pieces)
+    return 1e-7 + sum(LATENCY + volume / LINK_BANDWIDTH for volume in volumes if volume)
+
+
+def conversion_volumes(num_bytes: float, grad: bool, source: Type, target: Type, pieces: int) -> tuple[float, float]:
+    """What a rank sends for the forward and for the backward of a conversion, of ``num_bytes`` of the whole value."""
     forward, backward = COLLECTIVES[source.kind, target.kind]
-    total = 1e-7
-    for collective in (forward, backward if value.grad else None):
-        if collective is not None:
-            volume = _VOLUME[collective] * prices.elements(value) * BYTES * (pieces - 1) / pieces
-            total += LATENCY + volume / LINK_BANDWIDTH
-    return total
+    share = num_bytes * (pieces - 1) / pieces
+    return _VOLUME[forward] * share, _VOLUME[backward if grad else None] * share
 
 
 def holding_time(prices: Prices, value: Value, split: bool, pending: bool, pieces: int) -> float:

@@ -166,7 +166,11 @@ def instantiate(rule: Rule, operands: tuple[Shape | None, ...], results: tuple[S
         for name in [n for n, place in here.items() if shape[place.dim] == 1 and sizes[n] != 1]:
             del here[name]
         for name, place in here.items():
-            if shape[place.dim] != sizes[name]:
+            if shape[place.dim] == sizes[name]:
+                continue
+            if not (isinstance(shape[place.dim], int) and isinstance(sizes[name], int)):
+                whole.add(name)  # equal for some batches only
+            else:
                 raise PlanError(
                     f"rule {rule.text!r}: {name!r} is {sizes[name]} in one operand and {shape[place.dim]} in another"
                 )

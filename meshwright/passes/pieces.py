@@ -101,7 +101,24 @@ def _cross_entropy(piece: Piece) -> fx.Node:
     return piece.call(aten.sum.default, losses, like=piece.value)
 
 
+def _fewer_groups(piece: Piece) -> fx.Node:
+    """A piece of the groups, which are as many fewer."""
+    names = [argument.name for argument in piece.node.target._schema.arguments]  # type: ignore[union-attr]
+    position = next(i for i, name in enumerate(names) if name in ("groups", "num_groups"))
+    queue = list(piece.operands)
+    args, kwargs = fx.node.map_aggregate(
+        (piece.node.args, dict(piece.node.kwargs)), lambda a: queue.pop(0) if isinstance(a, fx.Node) else a
+    )
+    given = dict(zip(names, args, strict=False)) | kwargs  # type: ignore[arg-type, operator]
+    given[names[position]] //= piece.size
+    rest = {name: value for i, (name, value) in enumerate(given.items()) if i >= len(args)}  # type: ignore[arg-type]
+    name = piece.origin.name if piece.origin else ""
+    written = [given[name] for name in names[: len(args)]]  # type: ignore[arg-type]
+    return piece.call(piece.node.target, *written, like=piece.value, name=name, **rest)
+
+
 PIECES: Mapping[str, Callable[[Piece], fx.Node]] = {
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,
+    "fewer_groups": _fewer_groups,
 }

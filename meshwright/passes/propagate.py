@@ -30,7 +30,7 @@ from meshwright.passes.rows import (
     rows_of,
     uneven,
 )  # fmt: skip
-from meshwright.passes.rules import Rules
+from meshwright.passes.rules import Rules, a_rule_for
 from meshwright.passes.solve import Choice, Problem, solve
 
 Boundary = Mapping[fx.Node, Type]
@@ -67,29 +67,6 @@ def factor(blocks: Blocks, rules: Rules) -> FactorTables:
     """The factors of all operators, by the name of the block ("" is the main function): once for all axes."""
     functions = {"": blocks.main, **{block.name: block.function for block in blocks.blocks}}
     return {name: factors_by_node(function, rules) for name, function in functions.items()}
-
-
-def without_rule(blocks: Blocks, factors: FactorTables) -> tuple[str, ...]:
-    """One line for each operator that no rule knows: it runs whole, its split inputs gathered first."""
-    functions = {"": blocks.main, **{block.name: block.function for block in blocks.blocks}}
-    found: dict[str, None] = {}
-    for name, table in factors.items():
-        for node in (node for node, here in table.items() if here is None):
-            outcome = results(functions[name], node)
-            if outcome and operands(node) and functions[name].values[outcome[0]].made_of != "inputs":
-                found.setdefault(f"{_where(functions[name], node)} has no rule and runs whole: {_a_rule_for(node)}")
-    return tuple(found)
-
-
-def _where(function: Function, node: fx.Node) -> str:
-    """An operator with its line in the user's source."""
-    origin = function.origins.get(node)
-    file, line = origin.statement if origin else ("", 0)
-    return f"{node.target} at {file.rsplit('/', 1)[-1]}:{line}" if file else str(node.target)
-
-
-def _a_rule_for(node: fx.Node) -> str:
-    return f"add one with rules={{{node.target}: Rule(...)}}"
 
 
 def propagate(
@@ -219,18 +196,20 @@ class _Solver:
     # The problem
 
     def solve(self) -> Choice:
-        choice = self._solved()
+        """The cheapest choice; where samples meet and no sum joins them again, with parts computed whole everywhere."""
+        choice = self._solved(self._replicable())
+        if choice is None and not (self.axis.features or self.axis.in_time):
+            choice = self._solved(set(self.function.values))
         if choice is None:
             raise self._infeasible()
         for node in self.by_itself:
             self._check_stored(node, choice)
         return choice
 
-    def _solved(self) -> Choice | None:
+    def _solved(self, replicable: set[fx.Node]) -> Choice | None:
         rows: dict[fx.Node, tuple[tuple[Row, float], ...]] = {}
         ins: dict[fx.Node, tuple[fx.Node, ...]] = {}
         outs: dict[fx.Node, tuple[fx.Node, ...]] = {}
-        replicable = self._replicable()
         for node in self.function.graph.nodes:
             if node.op == "output" or node.target is operator.getitem:
                 continue
@@ -348,7 +327,9 @@ class _Solver:
             return None
         if source.is_split and target.is_split and any(uneven(value, t, self.axis.size) for t in (source, target)):
             return None  # only equal pieces are exchanged
-        if value.made_of == "parameters" and value.grad:
+        if (source, target) == (R, P):
+            allowed = value.grad and node.op != "get_attr" and not self.axis.features
+        elif value.made_of == "parameters" and value.grad:
             allowed = self.axis.features and node.op == "get_attr" and (source, target) == (I, R)
         elif value.grad:
             allowed = not self.axis.in_time
@@ -363,22 +344,27 @@ class _Solver:
         graph = self.function.graph
         stores: list[fx.Node] = [node for node in graph.nodes if is_writer(node) and not node.users]
         self.by_itself = only_stored(graph)
-        if not stores or self._solved() is None:
+        if not stores or self._solved(self._replicable()) is None:
             return None
         for node in stores:
             self.by_itself = only_stored(graph, set(stores) - {node})
-            if self._solved() is None:
+            if self._solved(self._replicable()) is None:
                 return node
         return None
 
+    def _unruled(self) -> list[str]:
+        """Why the batch cannot be cut: operators without a rule that take it whole."""
+        found = (
+            f"the batch cannot be cut into microbatches: {node.target} {self.function.place(node)} has no rule and "
+            f"needs it whole\n  {a_rule_for(node.target)}"
+            for node, here in self.factors.items()
+            if here is None and any(used in self.carried for used in operands(node))
+        )
+        return list(dict.fromkeys(found))
+
     def _infeasible(self) -> Exception:
-        unruled = [node for node, here in self.factors.items() if here is None]
-        whole = next((n for n in unruled if any(used in self.carried for used in operands(n))), None)
-        if self.axis.in_time and whole is not None:
-            return PlanError(
-                f"the batch cannot be cut into microbatches: {_where(self.function, whole)} has no rule and needs it "
-                f"whole\n  {_a_rule_for(whole)}, or use microbatches=1"
-            )
+        if self.axis.in_time and (unruled := self._unruled()):
+            return PlanError("\n".join(unruled) + ", or use microbatches=1")
         if self.axis.in_time:
             if (node := self._unstorable()) is not None:
                 name = str(writes(node)[0].target)

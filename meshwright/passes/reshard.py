@@ -26,6 +26,7 @@ from meshwright.runtime.collectives import (
     invariant_to_replicated,
     part_of_mean,
     reduce_scatter,
+    replicated_to_partial,
     shard,
 )  # fmt: skip
 
@@ -209,6 +210,7 @@ _TARGETS: Mapping[Any, str] = {
     all_reduce: "I",
     all_gather: "RI",
     reduce_scatter: "S",
+    replicated_to_partial: "P",
     shard: "S",
     all_to_all: "S",
 }
@@ -237,6 +239,8 @@ def conversion(value: Value, source: Type, target: Type, pieces: int) -> tuple[A
     match source.kind, target.kind:
         case "I", "R":
             return invariant_to_replicated, {}
+        case "R", "P":
+            return replicated_to_partial, {}
         case "P", "I":
             return all_reduce, {}
         case "S", ("R" | "I"):

@@ -8,7 +8,7 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import fx
 
-from meshwright.compiler.types import Type
+from meshwright.compiler.types import I, P, Type
 from meshwright.passes.rows import Row
 
 Conversion = tuple[fx.Node, Type, Type]
@@ -129,7 +129,7 @@ def _conversions(
     found: dict[tuple[fx.Node, Type], list[tuple[Type, int]]] = {}
     for value, targets in wanted.items():
         firsts: dict[Type, list[int]] = {}
-        middle = list(dict.fromkeys([*targets, *(Type("I"),)]))
+        middle = list(dict.fromkeys([*targets, I, P]))
         for target in middle:
             for source, columns in made.get(value, {}).items():
                 cost = problem.conversion(value, source, target) if source != target else None

@@ -8,6 +8,7 @@ from meshwright.runtime.collectives import (
     invariant_to_replicated,
     part_of_mean,
     reduce_scatter,
+    replicated_to_partial,
     shard,
     shard_range,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "randn",
     "randn_like",
     "reduce_scatter",
+    "replicated_to_partial",
     "run_in_one_process",
     "shard",
     "shard_range",

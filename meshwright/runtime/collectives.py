@@ -148,6 +148,11 @@ def invariant_to_replicated(x: torch.Tensor, axis: str) -> torch.Tensor:
     return _convert(x, None, _sum(axis))
 
 
+def replicated_to_partial(x: torch.Tensor, axis: str) -> torch.Tensor:
+    """R -> P: an n-th of ``x`` on each of the n ranks of ``axis``, so that they sum to it; no communication."""
+    return x / current().size(axis)
+
+
 def all_reduce(x: torch.Tensor, axis: str) -> torch.Tensor:
     """P -> I: the sum over ``axis``; the backward passes the gradient through. Raises TypeError for booleans."""
     if current().size(axis) == 1:

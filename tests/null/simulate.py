@@ -176,6 +176,9 @@ class Rank:
     def invariant_to_replicated(self, x: torch.Tensor, axis: str) -> Any:
         return _Convert.apply(x, self._same, self._sum(axis))  # type: ignore[no-untyped-call]
 
+    def replicated_to_partial(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        return x / self.world.sizes[axis]
+
     def all_reduce(self, x: torch.Tensor, axis: str) -> Any:
         return _Convert.apply(x, self._sum(axis), self._same) if x.requires_grad else self._sum(axis)(x)  # type: ignore[no-untyped-call]
 

@@ -1,6 +1,6 @@
 """One call of an operator, and what most rules are made of."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ class Call:
         return tuple(None if value is None else value.shape for value in self.operands)
 
 
-RuleFunction = Callable[[Call], Factors]
+RuleFunction = Callable[[Call], Factors | None]
+"""A rule of the shapes; None where it does not know such a call, which then runs whole."""
 Rules = Mapping[Any, Rule | RuleFunction]
 ALONE = (frozenset({0}),)
 """Linear in the first operand."""
@@ -59,6 +60,19 @@ def same(call: Call, *dims_whole: int, mean: tuple[int, ...] = (), summed: tuple
             )
         )
     return factors
+
+
+def in_common(call: Call, dims: Iterable[int], linear: tuple[frozenset[int], ...] = ()) -> Factors:
+    """All operands and results have ``dims`` at the same place and alike; everything else stays whole."""
+    values = [value for value in (*call.operands, *call.results) if value is not None]
+    count = len(values) - len(call.results)
+    factors = []
+    for dim in dims:
+        size = values[0].shape[dim]
+        alike = all(dim < len(value.shape) and value.shape[dim] == size for value in values)
+        places = (Place(dim),) * len(values)
+        factors.append(Factor(size=size, operands=places[:count], results=places[count:], whole=size == 1 or not alike))
+    return Factors(factors=tuple(factors), linear=linear)
 
 
 def dim_of(call: Call, position: int = 1, name: str = "dim", default: int = -1) -> int:

@@ -1,29 +1,14 @@
-"""Operators with parameters: products, convolutions, normalizations, attention, pooling."""
+"""Normalizations and attention."""
 
 from functools import partial
 
 import torch
 
-from meshwright.passes.factors import Factor, Factors, Place, Rule, instantiate
-from meshwright.passes.rules.call import ALONE, Call, Rules, first_of, same
+from meshwright.passes.factors import Factor, Factors, Place
+from meshwright.passes.rules.call import Call, Rules, first_of
 from meshwright.runtime.buffers import batch_norm
 
 aten = torch.ops.aten
-
-
-def _matmul(call: Call) -> Factors:
-    left, right = call.operands
-    assert left is not None and right is not None
-    forms = {
-        (1, 1): "k, k -> ",
-        (2, 1): "m k, k -> m",
-        (1, 2): "k, k n -> n",
-    }
-    text = forms.get((len(left.shape), len(right.shape)), "... m k, ... k n -> ... m n")
-    if len(right.shape) == 2 and len(left.shape) > 2:
-        text = "... k, k n -> ... n"
-    rule = Rule(text, linear=((0,), (1,)))
-    return instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
 
 
 def _layer_norm(call: Call) -> Factors:
@@ -68,72 +53,32 @@ def attention(call: Call) -> Factors:
     return Factors(factors=tuple(factors), linear=(frozenset({2}),))
 
 
-def _baddbmm(call: Call) -> Factors:
-    """The first operand is added once: what is summed over stays whole."""
-    rule = Rule("b m n, b m k!, b k! n -> b m n", linear=((0, 1), (0, 2)))
-    return instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
-
-
-def _einsum(call: Call) -> Factors:
-    """The equation is the rule."""
-    left, arrow, right = call.args[0].replace(" ", "").partition("->")
-    terms = left.split(",")
-    if "." in left or not arrow or any(len(set(term)) != len(term) for term in terms):
-        return Factors(factors=())
-    text = f"{', '.join(' '.join(term) for term in terms)} -> {' '.join(right)}"
-    rule = Rule(text, linear=tuple((i,) for i in range(len(terms))))
-    return instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
-
-
-def _convolution(call: Call) -> Factors:
-    """Batch and output channels; input channels where there is no bias that would be added on every rank.
-
-    Grouped channels stay whole, as do the places that a kernel reaches over.
-    """
-    source, weight, *rest = call.operands
-    assert source is not None and weight is not None
-    if len(source.shape) != len(weight.shape):
-        return Factors(factors=())  # without a batch
-    with_bias = any(value is not None for value in rest)
-    transposed = "transpose" in call.target._schema.name
-    groups = call.argument(6, "groups", 1)  # the same place in both schemas
-    out, inner = (1, 0) if transposed else (0, 1)
-    none = (None,) * with_bias
-    factors = [
-        Factor(size=source.shape[0], operands=(Place(0), None, *none), results=(Place(0),), whole=source.shape[0] == 1)
-    ]
-    if groups == 1:
-        bias = (Place(0),) * with_bias
-        factors.append(
-            Factor(
-                size=weight.shape[out],
-                operands=(None, Place(out), *bias),
-                results=(Place(1),),
-                whole=weight.shape[out] == 1,
-            )
-        )
-        if not with_bias:
-            factors.append(Factor(size=weight.shape[inner], operands=(Place(1), Place(inner)), results=(None,)))
-    linear = () if with_bias else (frozenset({0}), frozenset({1}))
-    return Factors(factors=tuple(factors), linear=linear)
-
-
-def _pooled(call: Call) -> Factors:
-    """Batch and channels; the last dims, as many as the pooling has, stay whole."""
-    source = first_of(call)
-    name = call.target._schema.name
-    spatial = next(n for n in (1, 2, 3) if f"{n}d" in name)
-    ndim = len(source.shape)
-    linear = ALONE if "avg" in name else ()
-    return Factors(factors=tuple(same(call, *range(ndim - spatial, ndim))), linear=linear)
-
-
-def _samples_alone(call: Call) -> Factors:
-    """Group and instance normalization: every sample by itself."""
+def _group_norm(call: Call) -> Factors:
+    """Every sample and every group of channels by itself; a piece of the groups is computed with as many fewer."""
     count = sum(value is not None for value in call.operands)
-    size = first_of(call).shape[0]
-    places = (Place(0), *(None,) * (count - 1))
-    return Factors(factors=(Factor(size=size, operands=places, results=(Place(0),), whole=size == 1),))
+    batch, groups = first_of(call).shape[0], call.args[1]
+    samples = Factor(size=batch, operands=(Place(0), *(None,) * (count - 1)), results=(Place(0),), whole=batch == 1)
+    channels = Factor(
+        size=groups, operands=(Place(1), *(Place(0),) * (count - 1)), results=(Place(1),), whole=groups == 1,
+        equal=True, pieces="fewer_groups",
+    )  # fmt: skip
+    return Factors(factors=(samples, channels))
+
+
+def _instance_norm(call: Call) -> Factors:
+    """Every channel of every sample by itself."""
+    count = sum(value is not None for value in call.operands)
+    batch, channels = first_of(call).shape[:2]
+    samples = Factor(size=batch, operands=(Place(0), *(None,) * (count - 1)), results=(Place(0),), whole=batch == 1)
+    return Factors(
+        factors=(
+            samples,
+            Factor(
+                size=channels, operands=(Place(1), *(Place(0),) * (count - 1)), results=(Place(1),),
+                whole=channels == 1,
+            ),
+        )
+    )  # fmt: skip
 
 
 def _batch_norm(call: Call, synchronized: bool = False) -> Factors:
@@ -163,31 +108,11 @@ def _weight_norm(call: Call) -> Factors:
     return Factors(factors=(factor,))
 
 
-_DIMS = ("1d", "2d", "3d")
-
 LAYERS: Rules = {
-    # products
-    aten.linear.default: Rule("... i, o i -> ... o", linear=((0,), (1,))),
-    aten.matmul.default: _matmul,
-    aten.mm.default: Rule("m k, k n -> m n", linear=((0,), (1,))),
-    aten.bmm.default: Rule("b m k, b k n -> b m n", linear=((0,), (1,))),
-    aten.mv.default: Rule("m k, k -> m", linear=((0,), (1,))),
-    aten.dot.default: Rule("k, k ->", linear=((0,), (1,))),
-    aten.baddbmm.default: _baddbmm,
-    aten.einsum.default: _einsum,
-    # convolutions and pooling
-    **{getattr(aten, f"conv{dims}").default: _convolution for dims in _DIMS},
-    aten.conv_transpose1d.default: _convolution,
-    aten.conv_transpose2d.input: _convolution,
-    aten.conv_transpose3d.input: _convolution,
-    **{getattr(aten, f"avg_pool{dims}").default: _pooled for dims in _DIMS},
-    **{getattr(aten, f"max_pool{dims}").default: _pooled for dims in _DIMS},
-    **{getattr(aten, f"adaptive_avg_pool{dims}").default: _pooled for dims in _DIMS},
-    # normalizations and attention
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _layer_norm,
-    aten.group_norm.default: _samples_alone,
-    aten.instance_norm.default: _samples_alone,
+    aten.group_norm.default: _group_norm,
+    aten.instance_norm.default: _instance_norm,
     aten.batch_norm.default: _batch_norm,
     batch_norm: partial(_batch_norm, synchronized=True),
     aten._weight_norm_interface.default: _weight_norm,

@@ -13,10 +13,14 @@ NONE, MEAN, SUM = 0, 1, 2
 """How torch numbers reductions."""
 
 
+def _reduction(call: Call) -> int:
+    names = [argument.name for argument in call.target._schema.arguments]
+    return call.argument(names.index("reduction"), "reduction", MEAN)  # type: ignore[no-any-return]
+
+
 def _elementwise(call: Call) -> Factors:
     """A mean over equal pieces is the mean of their means."""
-    names = [argument.name for argument in call.target._schema.arguments]
-    reduction = call.argument(names.index("reduction"), "reduction", MEAN)
+    reduction = _reduction(call)
     if reduction == NONE:
         return pointwise(call)
     values = [value for value in call.operands if value is not None]
@@ -44,6 +48,33 @@ def _cross_entropy(call: Call) -> Factors:
     return instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
 
 
+def _by_sample(call: Call) -> Factors | None:
+    """Losses that look at all classes of a sample: samples by themselves, averaged over or summed."""
+    reduction = _reduction(call)
+    values = [value for value in call.operands if value is not None]
+    if len(values[0].shape) != 2:
+        return None
+    size = values[0].shape[0]
+    places = (Place(0), Place(0), *(None,) * (len(values) - 2))
+    results = (Place(0) if reduction == NONE else None,)
+    batch = Factor(size=size, operands=places, results=results, whole=size == 1, mean=reduction == MEAN)
+    return Factors(factors=(batch,))
+
+
+def _ctc(call: Call) -> Factors | None:
+    """Samples by themselves where every one has targets and lengths of its own."""
+    reduction = _reduction(call)
+    logarithms, targets = call.operands[:2]
+    assert logarithms is not None and targets is not None
+    if len(logarithms.shape) != 3 or len(targets.shape) != 2 or len(call.operands) != 4:
+        return None
+    size = logarithms.shape[1]
+    results = (Place(0) if reduction == NONE else None,)
+    places = (Place(1), *(Place(0),) * 3)
+    batch = Factor(size=size, operands=places, results=results, whole=size == 1, mean=reduction == MEAN)
+    return Factors(factors=(batch,))
+
+
 LOSSES: Rules = {
     F.cross_entropy: _cross_entropy,
     aten.mse_loss.default: _elementwise,
@@ -54,4 +85,7 @@ LOSSES: Rules = {
     aten.binary_cross_entropy.default: _elementwise,
     aten.binary_cross_entropy_with_logits.default: _elementwise,
     aten.kl_div.default: _elementwise,
+    aten.multi_margin_loss.default: _by_sample,
+    aten.multilabel_margin_loss.default: _by_sample,
+    aten.ctc_loss.Tensor: _ctc,
 }

@@ -1,11 +1,12 @@
 """Operators that work element by element."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from meshwright.passes.factors import Factor, Factors, Place
-from meshwright.passes.rules.call import Call, Rules, same_shape
+from meshwright.passes.rules.call import Call, RuleFunction, Rules, same_shape
 from meshwright.runtime.buffers import store
 
 aten = torch.ops.aten
@@ -29,6 +30,17 @@ def pointwise(call: Call) -> Factors:
             places.append(Place(here) if here >= 0 and value.shape[here] == size else None)
         factors.append(Factor(size=size, operands=tuple(places), results=(Place(dim),) * count, whole=size == 1))
     return Factors(factors=tuple(factors), linear=_linear(call))
+
+
+def along_whole(position: int, name: str = "dim") -> RuleFunction:
+    """Element by element, but along the dim that the argument at ``position`` names, which stays whole."""
+
+    def rule(call: Call) -> Factors:
+        factors = pointwise(call).factors
+        dim = call.argument(position, name, -1) % len(factors)
+        return Factors(factors=tuple(replace(f, whole=f.whole or i == dim) for i, f in enumerate(factors)))
+
+    return rule
 
 
 _LINEAR: dict[Any, tuple[tuple[int, ...], ...]] = {
@@ -57,13 +69,17 @@ def _linear(call: Call) -> tuple[frozenset[int], ...]:
 
 
 POINTWISE: Rules = {
-    # pointwise, though torch does not tag them: they are composite
+    # pointwise, though torch does not tag them
     aten.to.dtype: pointwise,
     aten.where.Scalar: pointwise,
     aten.where.ScalarSelf: pointwise,
     aten.where.ScalarOther: pointwise,
     aten.floor_divide.default: pointwise,
     aten.floor_divide.Scalar: pointwise,
+    aten.hardswish.default: pointwise,
+    aten.log_sigmoid.default: pointwise,
+    aten._prelu_kernel.default: pointwise,
+    aten.masked_fill.Tensor: pointwise,
     aten.detach.default: same_shape,
     store: pointwise,
     aten.real.default: same_shape,

@@ -2,14 +2,16 @@
 
 import torch
 
-from meshwright.passes.factors import Factors
+from meshwright.passes.factors import Factor, Factors, Place
 from meshwright.passes.rules.call import (
     ALONE,
     Call,
+    RuleFunction,
     Rules,
     along_whole_dim,
     dim_of,
     first_of,
+    in_common,
     linear_along_whole_dim,
     same,
 )
@@ -48,13 +50,47 @@ def _norm(call: Call) -> Factors:
     return Factors(factors=tuple(same(call, *reduced, summed=reduced)))
 
 
-def _topk(call: Call) -> Factors:
-    return Factors(factors=tuple(same(call, dim_of(call, 2))))
+def _along(position: int) -> RuleFunction:
+    """The dim that the argument at ``position`` names stays whole; results may lack it."""
+
+    def rule(call: Call) -> Factors:
+        dim = dim_of(call, position)
+        gone = () if len(call.results[0].shape) == len(first_of(call).shape) else (dim,)
+        return Factors(factors=tuple(same(call, dim, summed=gone)))
+
+    return rule
+
+
+def _glu(call: Call) -> Factors:
+    """Both halves of the dim are split alike."""
+    dim = dim_of(call)
+    factors = list(same(call))
+    half = call.results[0].shape[dim]
+    factors[dim] = Factor(size=half, operands=(Place(dim, 2),), results=(Place(dim),), whole=half == 1)
+    return Factors(factors=tuple(factors))
+
+
+def _count(call: Call) -> Factors:
+    """A sum, but not linear."""
+    return Factors(factors=_sum(call).factors)
 
 
 def _reduce_whole(call: Call) -> Factors:
     reduced = reduced_dims(call)
     return Factors(factors=tuple(same(call, *reduced, summed=reduced)))
+
+
+def _aminmax(call: Call) -> Factors:
+    """Along one dim, or over everything."""
+    dim, ndim = call.kwargs.get("dim"), len(first_of(call).shape)
+    reduced = tuple(range(ndim)) if dim is None else (dim % ndim,)
+    return Factors(factors=tuple(same(call, *reduced, summed=reduced)))
+
+
+def _renorm(call: Call) -> Factors:
+    """Every slice along ``dim`` by itself."""
+    dim = dim_of(call, 2)
+    return in_common(call, (dim,))
 
 
 def _spectrum(call: Call) -> Factors:
@@ -72,9 +108,14 @@ REDUCTIONS: Rules = {
             aten.any.default, aten.all.dim, aten.any.dim, aten.prod.default, aten.prod.dim_int, aten.logsumexp.default,
             aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim,
             aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
+            aten.var_mean.correction, aten.std_mean.correction, aten.median.default, aten.nanmedian.default,
+            aten.dist.default,
         ),
         _reduce_whole,
     ),
+    aten.nansum.default: _count,
+    aten.count_nonzero.default: _count,
+    aten.count_nonzero.dim_IntList: _count,
     aten.linalg_vector_norm.default: _norm,
     aten.norm.ScalarOpt_dim: _norm,
     # along a dim
@@ -85,9 +126,18 @@ REDUCTIONS: Rules = {
     aten.cummax.default: along_whole_dim,
     aten.cummin.default: along_whole_dim,
     aten.cumsum.default: linear_along_whole_dim,
+    aten.glu.default: _glu,
     aten.sort.default: along_whole_dim,
+    aten.sort.stable: along_whole_dim,
     aten.argsort.default: along_whole_dim,
-    aten.topk.default: _topk,
+    aten.argsort.stable: along_whole_dim,
+    aten.topk.default: _along(2),
+    aten.kthvalue.default: _along(2),
+    aten.median.dim: _along(1),
+    aten.nanmedian.dim: _along(1),
+    aten.mode.default: _along(1),
+    aten.aminmax.default: _aminmax,
+    aten.renorm.default: _renorm,
     **dict.fromkeys(
         (
             aten.fft_fft.default, aten.fft_ifft.default, aten.fft_rfft.default, aten.fft_irfft.default,
