@@ -218,6 +218,7 @@ SPELLINGS: Mapping[Any, Spelling] = {
     aten.embedding.default: _embedding,
     aten.scaled_dot_product_attention.default: _attention,
     F.cross_entropy: _cross_entropy,
+    F.embedding_bag: function("F.embedding_bag"),
     buffers.batch_norm: _batch_norm,
     buffers.store: _in_training(2),
     **dict.fromkeys(LOSSES, _loss),

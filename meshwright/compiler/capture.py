@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from meshwright.compiler.decompose import Known
 from meshwright.compiler.errors import PlanError, UnsupportedError
+from meshwright.compiler.fakes import known_shapes
 from meshwright.compiler.frames import keep_all_frames, raised_at
 from meshwright.compiler.graph import Buffer, Capture, Input, Parameter, Segment, Site
 from meshwright.compiler.initial import initial_values
@@ -96,7 +97,7 @@ def capture(
     step = _Step(model, rebuild, loss_fn)
     batch_size = _batch_size(leaves)
     reading = float64() if precision == "fp64" else nullcontext()
-    with _training(model) as in_eval, reading, RealIndices(), refusing_other_generators():
+    with _training(model) as in_eval, reading, RealIndices(), known_shapes(), refusing_other_generators():
         exported, fixed = _export(step, leaves, batch_size, {names[i]: i for i in range(len(names))})
     renaming = _symbols(exported, leaves, batch_size)
     attributes, parameters, buffers, tensors = _state(exported, model)

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from meshwright.compiler.bags import BAGS
 from meshwright.compiler.graph import Segment
 from meshwright.compiler.rewriting import arguments_of, aten, insert, shape_of, static
 from meshwright.compiler.sums import SUMS, added
@@ -100,7 +101,7 @@ def _cross_entropy(node: fx.Node) -> fx.Node | None:
 
 
 def _each(node: fx.Node, logarithms: fx.Node, labels: fx.Node, given: Mapping[str, Any], soft: bool) -> fx.Node:
-    """The loss of every row: that of its label, or of its soft target, and a part of that of all classes (smoothing)."""
+    """The loss of every row: that of its label or soft target, and for smoothing a part of that of all classes."""
     part, weight = given["label_smoothing"], given["weight"]
     weighted = logarithms if weight is None else insert(aten.mul.Tensor, (logarithms, weight), like=node)
     if soft:
@@ -185,6 +186,7 @@ FUSIONS: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
     aten.mT.default: _last_two,
     aten.addmm.default: _addmm,
     **SUMS,
+    **BAGS,
     aten.cross_entropy_loss.default: _cross_entropy,
     aten.nll_loss_nd.default: _nll,
 }

@@ -7,7 +7,7 @@ import sympy
 import torch
 from torch import fx
 from torch.fx.node import map_aggregate
-from torch.utils._sympy.functions import FloatPow, FloatTrueDiv, IntTrueDiv, ToFloat
+from torch.utils._sympy.functions import FloatPow, FloatTrueDiv, FloorDiv, IntTrueDiv, ToFloat
 
 from meshwright.compiler.errors import UnsupportedError
 from meshwright.compiler.graph import Function, Segment, Value
@@ -125,10 +125,18 @@ def simplify(expression: Any, renaming: Mapping[sympy.Symbol, sympy.Symbol]) -> 
     return int(expression) if expression.is_integer else float(expression)
 
 
+def _divided(size: Any, divisor: Any) -> Any:
+    """``(B * T + T - 1) // T`` is B, as the number of runs of T that begin in B * T."""
+    quotient, rest = sympy.div(size + 1 - divisor, divisor, *(divisor.free_symbols or size.free_symbols))
+    whole = rest == 0 and all(factor.is_integer for factor in quotient.as_ordered_terms())
+    return quotient if whole else FloorDiv(size, divisor)
+
+
 _ARITHMETIC: Mapping[Any, Any] = {
+    FloorDiv: _divided,
     ToFloat: lambda x: x,
     IntTrueDiv: lambda a, b: a / b,
     FloatTrueDiv: lambda a, b: a / b,
     FloatPow: lambda a, b: a**b,
 }
-"""What torch calls arithmetic with floats."""
+"""What torch calls arithmetic otherwise than sympy."""

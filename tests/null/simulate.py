@@ -148,6 +148,9 @@ class Rank:
                 if node.target is aten.expand.default
                 else args[0].reshape(self.local(value))  # type: ignore[union-attr]
             )
+        if node.target in _FILLED:
+            assert value is not None
+            args = (list(self.local(value)), *args[1:])  # type: ignore[index, misc]
         if node.target is aten.split.Tensor:
             parts = sorted(node.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
             dim = args[2]
@@ -315,6 +318,8 @@ def _assemble(
                 current[point] = group[0]
     return current[()]
 
+
+_FILLED = {aten.zeros.default, aten.ones.default, aten.full.default}
 
 _SHAPED = {
     aten.view.default,
