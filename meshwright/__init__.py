@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from meshwright.compiler.errors import BundleError, InternalError, MeshwrightError, PlanError, UnsupportedError
     from meshwright.compiler.mesh import Mesh
     from meshwright.compiler.plan import Plan
+    from meshwright.passes.factors import Rule
     from meshwright.passes.rules import DEFAULT_RULES
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "MeshwrightError",
     "Plan",
     "PlanError",
+    "Rule",
     "Program",
     "UnsupportedError",
     "compile_parallel",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "DEFAULT_RULES": "meshwright.passes.rules",
+    "Rule": "meshwright.passes.factors",
     "BundleError": "meshwright.compiler.errors",
     "InternalError": "meshwright.compiler.errors",
     "Mesh": "meshwright.compiler.mesh",

@@ -22,7 +22,9 @@ _SHAPES = {aten._ctc_loss.Tensor: _ctc_loss, aten._ctc_loss.default: _ctc_loss}
 @contextmanager
 def known_shapes() -> Iterator[None]:
     """Inside this context torch captures these operators too."""
-    added = {operator: shape for operator, shape in _SHAPES.items() if operator not in fake_impls.op_implementations_dict}
+    added = {
+        operator: shape for operator, shape in _SHAPES.items() if operator not in fake_impls.op_implementations_dict
+    }
     fake_impls.op_implementations_dict.update(added)
     try:
         yield

@@ -33,6 +33,10 @@ def _empty(node: fx.Node) -> fx.Node:
     return insert(aten.zeros.default, (arguments_of(node)["size"],), {"dtype": node.meta["val"].dtype}, like=node)
 
 
+def _empty_like(node: fx.Node) -> fx.Node:
+    return insert(aten.zeros_like.default, node.args[:1], {"dtype": node.meta["val"].dtype}, like=node)
+
+
 def _expand(node: fx.Node) -> fx.Node:
     """One spelling of broadcasting; none where the shape stays."""
     source: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -76,6 +80,7 @@ SHAPING: Mapping[Any, Rewrite] = {
     aten.new_full.default: _made(aten.full.default),
     aten.new_empty.default: _empty,
     aten.empty.memory_format: _empty,
+    aten.empty_like.default: _empty_like,
     aten.broadcast_to.default: _expand,
     aten.expand_as.default: _expand,
     aten.repeat.default: _repeat,

@@ -89,7 +89,10 @@ def _check_factor(
             for u, place in zip(upstream, factor.results, strict=True)
         ]
         local_args, local_kwargs = _with_tensors(_localized(args, factor, whole, index, pieces), kwargs, local)
-        results = _results(operator(*local_args, **local_kwargs))
+        try:
+            results = _results(operator(*local_args, **local_kwargs))
+        except RuntimeError as error:
+            raise PlanError(f"{_wrong(operator, factor)}: its pieces do not fit together: {error}") from error
         parts.append(
             [r / pieces if factor.mean and p is None else r for r, p in zip(results, factor.results, strict=True)]
         )
@@ -208,7 +211,11 @@ def _gradients(
 def _compare(got: torch.Tensor, wanted: torch.Tensor, what: str, factor: Factor, operator: Any) -> None:
     kind = torch.complex128 if wanted.is_complex() else torch.float64
     if got.shape != wanted.shape or not torch.allclose(got.to(kind), wanted.to(kind), rtol=1e-9, atol=TOLERANCE):
-        raise PlanError(
-            f"the rule of {operator} is wrong for the factor of size {factor.size} (operands {factor.operands}, "
-            f"results {factor.results}): put together, the pieces do not give the {what}"
-        )
+        raise PlanError(f"{_wrong(operator, factor)}: put together, the pieces do not give the {what}")
+
+
+def _wrong(operator: Any, factor: Factor) -> str:
+    return (
+        f"the rule of {operator} is wrong for the factor of size {factor.size} (operands {factor.operands}, results "
+        f"{factor.results})"
+    )

@@ -20,7 +20,7 @@ from meshwright.passes.lower import lower
 from meshwright.passes.partition import Partition, partition
 from meshwright.passes.propagate import factor, propagate
 from meshwright.passes.reshard import reshard
-from meshwright.passes.rules import DEFAULT_RULES
+from meshwright.passes.rules import DEFAULT_RULES, is_pointwise
 from tests.null.simulate import simulate
 
 Batch = Mapping[str, Any] | tuple[Any, ...]
@@ -79,10 +79,14 @@ def _typed(captured: Capture, mesh: Mesh, plan: Plan) -> Blocks:
     )
 
 
+def _is_known(target: Any) -> bool:
+    return target in DEFAULT_RULES or is_pointwise(target)
+
+
 def check_exact(model: nn.Module, batch: tuple[torch.Tensor, ...], plan: Plan | None = None, **sizes: int) -> Blocks:
     """Run the typed program on all ranks of ``sizes`` (dp, mb, tp), and compare with one device: loss and gradients."""
     chosen = replace(plan or Plan(), microbatches=sizes.get("mb", 1))
-    captured = capture(model, batch, precision="fp64", segment=True)
+    captured = capture(model, batch, precision="fp64", segment=True, is_known=_is_known)
     blocks = _typed(captured, Mesh(**{axis: size for axis, size in sizes.items() if axis != "mb"}), chosen)
     whole = copy.deepcopy(model).double()
     doubled = tuple(leaf.double() if leaf.is_floating_point() else leaf for leaf in batch)

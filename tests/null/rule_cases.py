@@ -367,6 +367,18 @@ CASES |= {
     aten.log_sigmoid.default: [lambda: ([x(4, 6)], {})],
     aten._prelu_kernel.default: [lambda: ([x(4, 6, 8), x(6, 1)], {})],
     aten.masked_fill.Tensor: [lambda: ([x(4, 6), x(4, 6) > 0, torch.tensor(0.5).double()], {})],
+    aten.complex.default: [lambda: ([x(4, 6), x(4, 6) + 1], {})],
+    aten.polar.default: [lambda: ([x(4, 6).abs(), x(4, 6)], {})],
+    **{
+        getattr(aten, f"fft_{name}2").default: [lambda: ([x(4, 6, 8)], {})] for name in ("fft", "ifft", "rfft", "irfft")
+    },
+    **{
+        getattr(aten, f"fft_{name}n").default: [
+            lambda: ([x(4, 6, 8), None, [1, 2]], {}),
+            lambda: ([x(4, 6, 8), [4], [1]], {}),
+        ]
+        for name in ("fft", "ifft", "rfft", "irfft")
+    },
     # indexing
     aten.scatter.reduce: [lambda: ([x(4, 6), 1, ids(6, 4, 1), x(4, 1)], {"reduce": "add"})],
     aten.scatter.value_reduce: [lambda: ([x(4, 6), 1, ids(6, 4, 2), 3.0], {"reduce": "multiply"})],

@@ -202,19 +202,22 @@ def test_addmm_whose_rows_stay_flat_stays_flat() -> None:
     )
 
 
-def test_addmm_with_factors_stays_as_it_is() -> None:
+def test_addmm_with_factors_is_a_sum_of_products() -> None:
     def run(self: Any, x: torch.Tensor) -> Any:
-        return torch.addmm(self.bias, x, self.weight, alpha=2).sum()
+        return torch.addmm(self.bias, x, self.weight, alpha=2, beta=0.5).sum()
 
     same(
         _text(Model(run, weight=parameter(8, 6), bias=parameter(6)), X),
         """
-        weight         weight                                (8, 6)  float32  parameters grad
-        bias           bias                                  (6,)    float32  parameters grad
-        x              input                                 (B, 8)  float32  inputs
-        addmm_default  aten.addmm(bias, x, weight, alpha=2)  (B, 6)  float32  data grad
-        sum_default    aten.sum(addmm_default)               ()      float32  data grad
-                       output sum_default
+        weight          weight                              (8, 6)  float32  parameters grad
+        bias            bias                                (6,)    float32  parameters grad
+        x               input                               (B, 8)  float32  inputs
+        matmul_default  aten.matmul(x, weight)              (B, 6)  float32  data grad
+        mul_tensor      aten.mul(matmul_default, 2)         (B, 6)  float32  data grad
+        mul_tensor_1    aten.mul(bias, 0.5)                 (6,)    float32  parameters grad
+        add_tensor      aten.add(mul_tensor, mul_tensor_1)  (B, 6)  float32  data grad
+        sum_default     aten.sum(add_tensor)                ()      float32  data grad
+                        output sum_default
         """,
     )
 
@@ -340,14 +343,6 @@ def test_class_weights_are_counted_where_labels_are_valid() -> None:
     text = _text(Model(run, weight=parameter(8)), X, torch.randint(8, (4,)))
     assert "cross_entropy(mul_tensor, labels, ones_default, reduction='sum', label_smoothing=0.1)" in text
     assert "aten.ne(labels, -100)" in text and "aten.index(ones_default" in text
-
-
-def test_soft_losses_of_every_row_are_refused() -> None:
-    def run(self: Any, x: torch.Tensor) -> Any:
-        return F.cross_entropy(x * self.weight, x.softmax(-1), reduction="none").sum()
-
-    with pytest.raises(UnsupportedError, match=r"^cross entropy at test_normalize.py:\d+ with reduction='none' and"):
-        _text(Model(run, weight=parameter(8)), X)
 
 
 def test_tied_parameters_are_one() -> None:

@@ -225,7 +225,7 @@ def test_every_conversion_with_a_price_has_a_collective() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [(R, I), (I, P), (R, P), (S(0), P), (P, R), (S(1), S(1, 3)), (S(0, 2), S(1))], ids=str
+    ("source", "target"), [(R, I), (I, P), (S(0), P), (P, R), (S(1), S(1, 3)), (S(0, 2), S(1))], ids=str
 )
 def test_no_other_conversion_exists(source: Type, target: Type) -> None:
     with pytest.raises(

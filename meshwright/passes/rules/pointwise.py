@@ -80,6 +80,8 @@ POINTWISE: Rules = {
     aten.log_sigmoid.default: pointwise,
     aten._prelu_kernel.default: pointwise,
     aten.masked_fill.Tensor: pointwise,
+    aten.complex.default: pointwise,
+    aten.polar.default: pointwise,
     aten.detach.default: same_shape,
     store: pointwise,
     aten.real.default: same_shape,

@@ -97,6 +97,15 @@ def _spectrum(call: Call) -> Factors:
     return Factors(factors=tuple(same(call, dim_of(call, 2))), linear=ALONE)
 
 
+def _spectra(call: Call) -> Factors:
+    """The dims that are transformed stay whole: the last two, or all where none are named."""
+    ndim = len(first_of(call).shape)
+    dims = call.argument(2, "dim") or ((-2, -1) if call.target._schema.name.endswith("2") else range(ndim))
+    return Factors(factors=tuple(same(call, *(dim % ndim for dim in dims))), linear=ALONE)
+
+
+_TRANSFORMS = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
+
 REDUCTIONS: Rules = {
     aten.sum.default: _sum,
     aten.sum.dim_IntList: _sum,
@@ -138,11 +147,6 @@ REDUCTIONS: Rules = {
     aten.mode.default: _along(1),
     aten.aminmax.default: _aminmax,
     aten.renorm.default: _renorm,
-    **dict.fromkeys(
-        (
-            aten.fft_fft.default, aten.fft_ifft.default, aten.fft_rfft.default, aten.fft_irfft.default,
-            aten.fft_hfft.default, aten.fft_ihfft.default,
-        ),
-        _spectrum,
-    ),
+    **{getattr(aten, f"fft_{name}").default: _spectrum for name in _TRANSFORMS},
+    **{getattr(aten, f"fft_{name}{dims}").default: _spectra for name in _TRANSFORMS[:4] for dims in "2n"},
 }  # fmt: skip
