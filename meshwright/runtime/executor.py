@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshwright.runtime.actions import Action, fuse
+from meshwright.runtime.actions import KINDS, Action, fuse
 from meshwright.runtime.errors import BundleError, RankError
 from meshwright.runtime.groups import Groups
 from meshwright.runtime.messages import Messages, Shapes
@@ -110,10 +110,9 @@ class Executor:
 
     def _failure(self, action: Action | None, error: Exception, where: str) -> RankError:
         assert action is not None
-        kind = {"F": "forward", "B": "backward"}[action.kind]
         return RankError(
-            f"rank {self.groups.rank} failed {where}{self.index}{action.kind}{action.microbatch} {kind} of stage "
-            f"{self.index}, microbatch {action.microbatch}: {type(error).__name__}: {error}"
+            f"rank {self.groups.rank} failed {where}{self.index}{action.kind}{action.microbatch} {KINDS[action.kind]} "
+            f"of stage {self.index}, microbatch {action.microbatch}: {type(error).__name__}: {error}"
         )
 
     # Messages

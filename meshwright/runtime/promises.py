@@ -96,7 +96,8 @@ def _check_schedule(manifest: Mapping[str, Any], index: int, stage: Mapping[str,
     except ValueError as error:
         raise BundleError(f"the schedule of stage {index}: {error}") from error
     wanted = sorted((kind, k) for kind in "BF" for k in range(manifest["plan"]["microbatches"]))
-    if sorted((action.kind, action.microbatch) for action in actions) != wanted:
+    apart = any(action.stage is not None or not action.runs for action in actions)
+    if apart or sorted((action.kind, action.microbatch) for action in actions) != wanted:
         raise BundleError(
             f"the schedule of stage {index} is not one forward and one backward of each of "
             f"{manifest['plan']['microbatches']} microbatches: {stage['schedule']}"

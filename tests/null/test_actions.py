@@ -8,8 +8,21 @@ from hypothesis import strategies as st
 
 from meshwright.runtime.actions import Action, fuse, parse, render, to_ranks
 
-peers = st.lists(st.integers(0, 20), max_size=3, unique=True).map(tuple)
-actions = st.builds(Action, kind=st.sampled_from("FB"), microbatch=st.integers(0, 20), receives=peers, sends=peers)
+numbers = st.integers(0, 20)
+peers = st.lists(numbers, max_size=3, unique=True).map(tuple)
+stages = st.none() | numbers
+actions = (
+    st.builds(Action, kind=st.sampled_from("FBI"), microbatch=numbers, stage=stages, receives=peers, sends=peers)
+    | st.builds(Action, kind=st.just("W"), microbatch=numbers, stage=stages)
+    | st.builds(
+        Action,
+        kind=st.sampled_from("FBI"),
+        microbatch=numbers,
+        stage=stages,
+        receives=peers.filter(bool),
+        runs=st.just(False),
+    )
+)
 
 
 @settings(deadline=None)
@@ -24,6 +37,15 @@ def test_several_peers_have_commas() -> None:
     assert render([action], "stage") == "s0,s1>F2>s3"
 
 
+def test_a_rank_of_several_stages_names_them() -> None:
+    early, forward, inputs, weights = parse("s0>[1F3]  1F3>s2  s2>1I3  1W3", "stage")
+    assert early == Action(kind="F", stage=1, microbatch=3, receives=(0,), runs=False)
+    assert forward == Action(kind="F", stage=1, microbatch=3, sends=(2,))
+    assert inputs == Action(kind="I", stage=1, microbatch=3, receives=(2,))
+    assert weights == Action(kind="W", stage=1, microbatch=3)
+    assert weights.name == "1W3"
+
+
 @pytest.mark.parametrize(
     ("text", "form", "message"),
     [
@@ -32,6 +54,10 @@ def test_several_peers_have_commas() -> None:
         ("F0>1", "stage", "'F0>1' at position 0 is no action with stages as peers, as in s0,s1>F2>s3"),
         ("F0 > 1", "rank", "'>' at position 3 is no action with ranks as peers, as in 0,1>F2>3"),
         ("F01", "rank", "'F01' at position 0 is no action with ranks as peers, as in 0,1>F2>3"),
+        ("[F0>1", "rank", "'[F0>1' at position 0 is no action with ranks as peers, as in 0,1>F2>3"),
+        ("[F0]", "rank", "'[F0]' at position 0: [F0] stands for messages alone and either receives or sends"),
+        ("1>[F0]>2", "rank", "'1>[F0]>2' at position 0: [F0] stands for messages alone and either receives or sends"),
+        ("1>2W0", "rank", "'1>2W0' at position 0: 2W0 receives from 1: a backward for the weights has no messages"),
         ("B0  2,2>B1", "rank", "'2,2>B1' at position 4: B1 receives from a peer twice: 2, 2"),
     ],
 )

@@ -60,6 +60,14 @@ CASES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         _set("stages", 0, "schedule", "F0 F1"),
         "the schedule of stage 0 is not one forward and one backward",
     ),
+    *(
+        (_set("stages", 0, "schedule", text), "the schedule of stage 0 is not one forward and one backward")
+        for text in (
+            "0F0>s1  0F1>s1  s1>0B0  s1>0B1",
+            "F0>s1  F1>s1  s1>B0  s1>I1  W1",
+            "F0  [F0]>s1  F1>s1  s1>B0  B1",
+        )
+    ),
     (_set("stages", 0, "schedule", "F0>1"), "the schedule of stage 0: 'F0>1' at position 0 is no action with stages"),
     (_set("parameters", "scale", "stages", [2]), "'scale' is on stages [2], and there are 2"),
     (_set("loss", "stage", 5), "the loss is on stages [5], and there are 2"),
