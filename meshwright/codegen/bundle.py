@@ -10,7 +10,7 @@ from typing import Any
 from meshwright.codegen.emit import digest
 from meshwright.compiler.errors import BundleError
 from meshwright.passes.prove import prove
-from meshwright.passes.schedule import Edge
+from meshwright.passes.schedules import Edge
 from meshwright.runtime.actions import Action, parse, to_ranks
 from meshwright.runtime.layout import parse as parse_type
 from meshwright.runtime.manifest import actions_of, load_manifest

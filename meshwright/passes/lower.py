@@ -17,7 +17,7 @@ from meshwright.compiler.types import Held, I, R, S, Type
 from meshwright.compiler.written import is_writer, writes
 from meshwright.passes.drawn import drawn
 from meshwright.passes.partition import Partition
-from meshwright.passes.schedule import PEAKS, schedule
+from meshwright.passes.schedules import Pipeline, Schedule, schedule
 from meshwright.runtime.collectives import all_reduce, part_of_mean
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def lower(
         for k, cutter in enumerate(cutters)
     ]
     pairs = [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
-    actions = schedule(plan.schedule, num_stages, microbatches, pairs)
+    step = schedule(plan.schedule, Pipeline(num_ranks=num_stages, num_microbatches=microbatches, edges=pairs))
     stages = tuple(
         Stage(
             index=k,
@@ -50,7 +50,7 @@ def lower(
             sends=tuple(e for e in edges if e.source == k),
             prepare=functions[k][1],
             prepares=tuple(cutter.prepared.values()),
-            schedule=actions[k],
+            schedule=step.rows[k],
         )
         for k, cutter in enumerate(cutters)
     )
@@ -68,20 +68,19 @@ def lower(
         buffers=buffers,
         random=random,
         loss=blocks.main.values[loss],
-        warnings=(*warnings, *_held_back(plan.schedule, num_stages, microbatches, edges)),
+        warnings=(*warnings, *_held_back(step, edges)),
     )
 
 
-def _held_back(name: str, num_stages: int, microbatches: int, edges: tuple[Edge, ...]) -> tuple[str, ...]:
+def _held_back(step: Schedule, edges: tuple[Edge, ...]) -> tuple[str, ...]:
     """A line where values that skip stages make the schedule slower than it is in a chain."""
-    pairs = [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
-    if PEAKS[name](num_stages, microbatches, pairs) == PEAKS[name](num_stages, microbatches, []):
+    if step.peaks == schedule(step.name, replace(step.pipeline, edges=())).peaks:
         return ()
     skips = [(e, d) for e in edges for d in e.destinations if e.value.grad and d - e.source > 1]
     edge, last = max(skips, key=lambda skip: skip[1] - skip[0].source)
     return (
-        f"{edge.name!r} goes from stage {edge.source} to stage {last} and its gradient back: schedule={name!r} waits "
-        "for it and is slower than in a chain\n"
+        f"{edge.name!r} goes from stage {edge.source} to stage {last} and its gradient back: schedule={step.name!r} "
+        "waits for it and is slower than in a chain\n"
         "  use 'gpipe', or a split that keeps the value within two stages",
     )
 

@@ -11,7 +11,7 @@ from meshwright.passes.prove import prove
 from meshwright.passes.reshard import conversion, conversion_of
 from meshwright.passes.rows import factors_by_node, operands, results, rows_of
 from meshwright.passes.rules import Rules
-from meshwright.passes.schedule import PEAKS
+from meshwright.passes.schedules import ALGORITHMS, Pipeline
 
 
 def verify(lowered: Lowered, rules: Rules) -> None:
@@ -27,11 +27,12 @@ def verify(lowered: Lowered, rules: Rules) -> None:
             if node.op == "call_module":
                 _check_call(stage.function, node, lowered.blocks[str(node.target)].function, sizes)
     edges = [(e.source, d, e.value.grad) for stage in lowered.stages for e in stage.sends for d in e.destinations]
+    pipeline = Pipeline(num_ranks=len(lowered.stages), num_microbatches=lowered.microbatches, edges=edges)
     prove(
         tuple(stage.schedule for stage in lowered.stages),
         num_microbatches=lowered.microbatches,
         edges=edges,
-        peaks=PEAKS[lowered.plan.schedule](len(lowered.stages), lowered.microbatches, edges),
+        peaks=ALGORITHMS[lowered.plan.schedule].peaks(pipeline),
     )
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from meshwright.passes.schedule import Edge, schedule
+from meshwright.passes.schedules import Edge, Pipeline, schedule
 from meshwright.runtime.actions import render
 from meshwright.runtime.groups import coordinates_of, num_ranks
 
@@ -208,7 +208,7 @@ def manifest(
     edges: list[Edge] = [(k, k + 1) for k in range(last)]
     if last:
         edges += [(0, last), (0, last, False)]
-    actions = schedule(name, len(stages), microbatches, edges)
+    actions = schedule(name, Pipeline(num_ranks=len(stages), num_microbatches=microbatches, edges=edges)).rows
     described = []
     for k in range(len(stages)):
         receives = {"hidden": {**hidden, "from": k - 1}} if k else {}

@@ -1,6 +1,7 @@
 """What the generators of schedules make; test_prove.py shows that any pipeline gets a schedule that can be proven."""
 
 import warnings
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -12,12 +13,17 @@ from meshwright import Mesh, compile_parallel
 from meshwright.compiler.errors import InternalError, PlanError
 from meshwright.compiler.plan import SCHEDULES
 from meshwright.passes.prove import prove
-from meshwright.passes.schedule import GENERATORS, PEAKS, Edge, schedule
-from meshwright.runtime.actions import Action, render, to_ranks
+from meshwright.passes.schedules import ALGORITHMS, Edge, Pipeline, Row, schedule
+from meshwright.passes.schedules.pipeline import chain
+from meshwright.runtime.actions import render, to_ranks
 
 
-def chain(num_stages: int) -> list[Edge]:
-    return [(stage, stage + 1) for stage in range(num_stages - 1)]
+def rows(name: str, stages: int, microbatches: int, edges: Collection[Edge]) -> tuple[Row, ...]:
+    return schedule(name, Pipeline(num_ranks=stages, num_microbatches=microbatches, edges=edges)).rows
+
+
+def peaks(name: str, stages: int, microbatches: int, edges: Collection[Edge]) -> tuple[int, ...]:
+    return ALGORITHMS[name].peaks(Pipeline(num_ranks=stages, num_microbatches=microbatches, edges=edges))
 
 
 @pytest.mark.parametrize(
@@ -37,17 +43,17 @@ def chain(num_stages: int) -> list[Edge]:
     ],
 )
 def test_schedule_text(name: str, stages: int, microbatches: int, edges: list[Edge], text: list[str]) -> None:
-    assert [render(row, "stage") for row in schedule(name, stages, microbatches, edges)] == text
+    assert [render(row, "stage") for row in rows(name, stages, microbatches, edges)] == text
 
 
 def test_peers_ascend() -> None:
-    first, *_, last = schedule("gpipe", 6, 1, [(a, b) for b in range(5, 0, -1) for a in range(b)])
+    first, *_, last = rows("gpipe", 6, 1, [(a, b) for b in range(5, 0, -1) for a in range(b)])
     assert render(first, "stage") == "F0>s1,s2,s3,s4,s5  s1,s2,s3,s4,s5>B0"
     assert render(last, "stage") == "s0,s1,s2,s3,s4>F0  B0>s0,s1,s2,s3,s4"
 
 
 def test_ranks_of_a_mesh() -> None:
-    first, second = schedule("1f1b", 2, 4, [(0, 1)])
+    first, second = rows("1f1b", 2, 4, [(0, 1)])
     assert render(to_ranks(first, [0, 2])) == "F0>2  F1>2  2>B0  F2>2  2>B1  F3>2  2>B2  2>B3"
     assert render(to_ranks(second, {0: 4, 1: 6})) == "4>F0  B0>4  4>F1  B1>4  4>F2  B2>4  4>F3  B3>4"
 
@@ -55,30 +61,30 @@ def test_ranks_of_a_mesh() -> None:
 @settings(deadline=None)
 @given(st.integers(1, 10), st.integers(1, 24))
 def test_a_chain_has_the_peaks_of_the_literature(num_stages: int, num_microbatches: int) -> None:
-    def peaks(name: str) -> tuple[int, ...]:
+    def shown(name: str) -> tuple[int, ...]:
         edges = chain(num_stages)
-        declared = PEAKS[name](num_stages, num_microbatches, edges)
-        rows = schedule(name, num_stages, num_microbatches, edges)
-        assert prove(rows, num_microbatches=num_microbatches, edges=edges, peaks=declared) == declared
+        declared = peaks(name, num_stages, num_microbatches, edges)
+        made = rows(name, num_stages, num_microbatches, edges)
+        assert prove(made, num_microbatches=num_microbatches, edges=edges, peaks=declared) == declared
         return declared
 
-    assert peaks("gpipe") == (num_microbatches,) * num_stages
-    assert peaks("1f1b") == tuple(min(num_microbatches, num_stages - stage) for stage in range(num_stages))
+    assert shown("gpipe") == (num_microbatches,) * num_stages
+    assert shown("1f1b") == tuple(min(num_microbatches, num_stages - stage) for stage in range(num_stages))
 
 
 def test_a_long_skip_holds_1f1b_back_where_it_must() -> None:
-    assert PEAKS["1f1b"](5, 9, chain(5)) == (5, 4, 3, 2, 1)
-    assert PEAKS["1f1b"](5, 9, [*chain(5), (0, 2)]) == (5, 4, 3, 2, 1)
-    assert PEAKS["1f1b"](5, 9, [*chain(5), (0, 4, False)]) == (5, 4, 3, 2, 1)
-    assert PEAKS["1f1b"](5, 9, [*chain(5), (0, 4)]) == (5, 4, 3, 3, 3)
+    assert peaks("1f1b", 5, 9, chain(5)) == (5, 4, 3, 2, 1)
+    assert peaks("1f1b", 5, 9, [*chain(5), (0, 2)]) == (5, 4, 3, 2, 1)
+    assert peaks("1f1b", 5, 9, [*chain(5), (0, 4, False)]) == (5, 4, 3, 2, 1)
+    assert peaks("1f1b", 5, 9, [*chain(5), (0, 4)]) == (5, 4, 3, 3, 3)
     with pytest.raises(InternalError, match="where nothing is buffered, "):
         prove(plain_1f1b(4, 4, [*chain(4), (0, 3)]), num_microbatches=4, edges=[*chain(4), (0, 3)])
 
 
-def plain_1f1b(num_stages: int, num_microbatches: int, edges: list[Edge]) -> list[tuple[Action, ...]]:
+def plain_1f1b(num_stages: int, num_microbatches: int, edges: list[Edge]) -> list[Row]:
     """The order for a chain with the messages of other edges."""
-    order = schedule("1f1b", num_stages, num_microbatches, chain(num_stages))
-    talk = schedule("gpipe", num_stages, num_microbatches, edges)
+    order = rows("1f1b", num_stages, num_microbatches, chain(num_stages))
+    talk = rows("gpipe", num_stages, num_microbatches, edges)
     by_name = [{(action.kind, action.microbatch): action for action in row} for row in talk]
     return [tuple(by_name[stage][a.kind, a.microbatch] for a in row) for stage, row in enumerate(order)]
 
@@ -86,26 +92,31 @@ def plain_1f1b(num_stages: int, num_microbatches: int, edges: list[Edge]) -> lis
 @pytest.mark.parametrize(
     ("name", "microbatches", "message"),
     [
-        ("zb", 2, "unknown schedule 'zb': the schedules are gpipe, 1f1b"),
-        ("1F1B", 2, "unknown schedule '1F1B': the schedules are gpipe, 1f1b\n  did you mean '1f1b'?"),
+        ("none", 2, f"unknown schedule 'none': the schedules are {', '.join(ALGORITHMS)}"),
+        (
+            "ZB-V",
+            2,
+            "unknown schedule 'ZB-V': the schedules are gpipe, 1f1b, interleaved, looped-bfs, zb-h1, zb-h2, "
+            "interleaved-zb, zbv, dualpipe-v, v-half, v-min\n  did you mean 'zbv'?",
+        ),
         ("gpipe", 0, "a step of 0 microbatches: the least is 1\n  set microbatches=1 or more"),
     ],
 )
 def test_a_wrong_request_is_refused(name: str, microbatches: int, message: str) -> None:
     with pytest.raises(PlanError) as error:
-        schedule(name, 2, microbatches, [(0, 1)])
+        rows(name, 2, microbatches, [(0, 1)])
     assert str(error.value) == message
 
 
 @pytest.mark.parametrize("edge", [(1, 0), (1, 1), (0, 2), (-1, 1)])
 def test_an_edge_leads_to_a_later_stage(edge: Edge) -> None:
     with pytest.raises(InternalError) as error:
-        schedule("gpipe", 2, 1, [edge])
+        rows("gpipe", 2, 1, [edge])
     assert str(error.value) == f"the edge {edge} does not lead to a later one of the 2 stages"
 
 
 def test_the_plan_offers_what_can_be_generated() -> None:
-    assert set(SCHEDULES) == set(GENERATORS) == set(PEAKS)
+    assert set(SCHEDULES) <= set(ALGORITHMS)
 
 
 class Skip(nn.Module):
