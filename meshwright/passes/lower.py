@@ -39,7 +39,7 @@ def lower(
         for k, cutter in enumerate(cutters)
     ]
     pairs = [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
-    step = schedule(plan.schedule, Pipeline(num_ranks=num_stages, num_microbatches=microbatches, edges=pairs))
+    step = schedule(plan.schedule, Pipeline.of(num_ranks=num_stages, num_microbatches=microbatches, edges=pairs))
     stages = tuple(
         Stage(
             index=k,

@@ -27,7 +27,7 @@ def verify(lowered: Lowered, rules: Rules) -> None:
             if node.op == "call_module":
                 _check_call(stage.function, node, lowered.blocks[str(node.target)].function, sizes)
     edges = [(e.source, d, e.value.grad) for stage in lowered.stages for e in stage.sends for d in e.destinations]
-    pipeline = Pipeline(num_ranks=len(lowered.stages), num_microbatches=lowered.microbatches, edges=edges)
+    pipeline = Pipeline.of(num_ranks=len(lowered.stages), num_microbatches=lowered.microbatches, edges=edges)
     prove(
         tuple(stage.schedule for stage in lowered.stages),
         num_microbatches=lowered.microbatches,

@@ -208,7 +208,7 @@ def manifest(
     edges: list[Edge] = [(k, k + 1) for k in range(last)]
     if last:
         edges += [(0, last), (0, last, False)]
-    actions = schedule(name, Pipeline(num_ranks=len(stages), num_microbatches=microbatches, edges=edges)).rows
+    actions = schedule(name, Pipeline.of(num_ranks=len(stages), num_microbatches=microbatches, edges=edges)).rows
     described = []
     for k in range(len(stages)):
         receives = {"hidden": {**hidden, "from": k - 1}} if k else {}

@@ -266,7 +266,7 @@ def steps(draw: st.DrawFn, most: int = 4, names: Sequence[str] = tuple(ALGORITHM
     num_microbatches = draw(
         st.integers(1, 3 * most).filter(
             lambda m: (
-                algorithm.undefined(Pipeline(num_ranks=num_ranks, num_chunks=num_chunks, num_microbatches=m)) is None
+                algorithm.undefined(Pipeline.of(num_ranks=num_ranks, num_chunks=num_chunks, num_microbatches=m)) is None
             )
         )
     )
@@ -276,7 +276,7 @@ def steps(draw: st.DrawFn, most: int = 4, names: Sequence[str] = tuple(ALGORITHM
     edges: list[Edge] = [(a, b, draw(st.booleans())) for a, b in skips]
     if draw(st.booleans()):
         edges += chain(len(stages))
-    pipeline = Pipeline(num_ranks=num_ranks, num_chunks=num_chunks, num_microbatches=num_microbatches, edges=edges)
+    pipeline = Pipeline.of(num_ranks=num_ranks, num_chunks=num_chunks, num_microbatches=num_microbatches, edges=edges)
     return schedule(name, pipeline)
 
 
@@ -384,7 +384,7 @@ def test_every_single_mutation_is_refused_or_harmless(name: str, num_ranks: int)
     """Refused by the proof if and only if the machine comes to a wrong end; only swaps can be harmless."""
     algorithm = ALGORITHMS[name]
     number = 2 * num_ranks if name == "dualpipe-v" else 2
-    pipeline = Pipeline(num_ranks=num_ranks, num_chunks=algorithm.chunks or 2, num_microbatches=number)
+    pipeline = Pipeline.of(num_ranks=num_ranks, num_chunks=algorithm.chunks or 2, num_microbatches=number)
     step = schedule(name, pipeline)
     harmless = []
     for what, rows in single_mutations(step):

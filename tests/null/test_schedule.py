@@ -19,11 +19,11 @@ from meshwright.runtime.actions import render, to_ranks
 
 
 def rows(name: str, stages: int, microbatches: int, edges: Collection[Edge]) -> tuple[Row, ...]:
-    return schedule(name, Pipeline(num_ranks=stages, num_microbatches=microbatches, edges=edges)).rows
+    return schedule(name, Pipeline.of(num_ranks=stages, num_microbatches=microbatches, edges=edges)).rows
 
 
 def peaks(name: str, stages: int, microbatches: int, edges: Collection[Edge]) -> tuple[int, ...]:
-    return ALGORITHMS[name].peaks(Pipeline(num_ranks=stages, num_microbatches=microbatches, edges=edges))
+    return ALGORITHMS[name].peaks(Pipeline.of(num_ranks=stages, num_microbatches=microbatches, edges=edges))
 
 
 @pytest.mark.parametrize(

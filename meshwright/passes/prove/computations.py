@@ -5,7 +5,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from meshwright.passes.prove.case import Case
-from meshwright.runtime.actions import Action, render
+from meshwright.runtime.actions import Action, Kind, render
+
+PARTS: tuple[Kind, Kind] = ("I", "W")
+"""What a backward in two parts consists of."""
 
 
 def placed(case: Case) -> Iterator[str]:
@@ -47,9 +50,9 @@ def coverage(case: Case) -> Iterator[str]:
         if action.runs and count[action.kind, stage, action.microbatch] > 1:
             yield f"{case.at(rank, action)} is not the only {case.name(action.kind, stage, action.microbatch)} there"
         if action.runs and action.kind == "B":
-            for kind in ("I", "W"):
-                if count[kind, stage, action.microbatch]:
-                    name = case.name(kind, stage, action.microbatch)
+            for part in PARTS:
+                if count[part, stage, action.microbatch]:
+                    name = case.name(part, stage, action.microbatch)
                     yield f"{case.at(rank, action)} is a whole backward, and {name} is there too"
     for stage, rank in enumerate(case.placement):
         for microbatch in range(case.num_microbatches):
@@ -58,7 +61,7 @@ def coverage(case: Case) -> Iterator[str]:
                 yield f"pipeline rank {rank} never runs {case.name('F', stage, microbatch)}"
             if not (whole or inputs or weights):
                 yield f"pipeline rank {rank} never runs {case.name('B', stage, microbatch)}"
-            for here, missing in (("I", "W"), ("W", "I")):
+            for here, missing in (PARTS, PARTS[::-1]):
                 if count[here, stage, microbatch] and not count[missing, stage, microbatch]:
                     names = (case.name(kind, stage, microbatch) for kind in (here, missing))
                     yield f"pipeline rank {rank} runs {' but never '.join(names)}"

@@ -69,9 +69,13 @@ def _block(num_ranks: int, delays: tuple[int, ...]) -> tuple[Slots, ...]:
             before = _free(slots[rank], before + (delay if step else 1))
             slots[rank][kind, chunk] = before
     for own in slots:
-        weights = [_with_weights(own, chunks) for chunks in ((1, 0), (0, 1))]
-        own.update(min(weights, key=lambda found: sum(found.values())))
+        weights: Slots = min((_with_weights(own, chunks) for chunks in ((1, 0), (0, 1))), key=_total)
+        own.update(weights)
     return tuple(slots)
+
+
+def _total(slots: Slots) -> int:
+    return sum(slots.values())
 
 
 def _with_weights(slots: Slots, chunks: tuple[int, ...]) -> Slots:

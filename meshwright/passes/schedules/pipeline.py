@@ -1,7 +1,7 @@
 """What a schedule is asked for and what it answers: a pipeline in, the order of computations on every rank out."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from meshwright.runtime.actions import Kind
@@ -83,21 +83,32 @@ class Costs:
 class Pipeline:
     """What is to be scheduled: one step of ``num_microbatches`` over stages numbered in the order of the data.
 
-    There are num_ranks * num_chunks stages. edges: None for the chain 0 -> 1 -> 2 ... with gradients.
-    costs: None for equal times of F, I and W on all stages.
+    There are num_ranks * num_chunks stages.
     """
 
     num_ranks: int
     num_microbatches: int
-    num_chunks: int = 1
-    edges: Collection[Edge] = field(default=None)  # type: ignore[assignment]
-    costs: Costs = field(default=None)  # type: ignore[assignment]
+    num_chunks: int
+    edges: Collection[Edge]
+    costs: Costs
 
-    def __post_init__(self) -> None:
-        if self.edges is None:
-            object.__setattr__(self, "edges", chain(self.num_stages))
-        if self.costs is None:
-            object.__setattr__(self, "costs", Costs.even(self.num_ranks, self.num_chunks))
+    @staticmethod
+    def of(
+        num_ranks: int,
+        num_microbatches: int,
+        num_chunks: int = 1,
+        *,
+        edges: Collection[Edge] | None = None,
+        costs: Costs | None = None,
+    ) -> "Pipeline":
+        """With the edges of a chain, all with gradients, and equal times of F, I and W where nothing else is said."""
+        return Pipeline(
+            num_ranks=num_ranks,
+            num_microbatches=num_microbatches,
+            num_chunks=num_chunks,
+            edges=chain(num_ranks * num_chunks) if edges is None else edges,
+            costs=Costs.even(num_ranks, num_chunks) if costs is None else costs,
+        )
 
     @property
     def num_stages(self) -> int:
