@@ -14,6 +14,7 @@ from meshwright.passes.prove import prove
 from meshwright.passes.schedules import ALGORITHMS, Edge, Pipeline, Row, Schedule, chain, of_orders, schedule
 from meshwright.runtime.actions import parse
 from tests.null.machine import runs_right
+from tests.null.steps import steps
 
 FIRST = "F0>s1  F1>s1  s1>B0  s1>B1"
 SECOND = "s0>F0  s0>F1  B0>s0  B1>s0"
@@ -256,36 +257,26 @@ def right(step: Schedule, rows: Sequence[Row], placement: Sequence[int] | None =
     return runs_right(rows, placement or step.placement, step.pipeline.num_microbatches, step.pipeline.edges)
 
 
-@st.composite
-def steps(draw: st.DrawFn, most: int = 4, names: Sequence[str] = tuple(ALGORITHMS)) -> Schedule:
-    """A schedule of any pipeline that it is defined for, with any edges, with and without gradient."""
-    name = draw(st.sampled_from(names))
-    algorithm = ALGORITHMS[name]
-    num_chunks = algorithm.chunks or draw(st.integers(2, 3))
-    num_ranks = draw(st.integers(1, most))
-    num_microbatches = draw(
-        st.integers(1, 3 * most).filter(
-            lambda m: (
-                algorithm.undefined(Pipeline.of(num_ranks=num_ranks, num_chunks=num_chunks, num_microbatches=m)) is None
-            )
-        )
-    )
-    stages = range(num_ranks * num_chunks)
-    pairs = [(a, b) for b in stages for a in range(b)]
-    skips = draw(st.lists(st.sampled_from(pairs), unique=True, max_size=6)) if pairs else []
-    edges: list[Edge] = [(a, b, draw(st.booleans())) for a, b in skips]
-    if draw(st.booleans()):
-        edges += chain(len(stages))
-    pipeline = Pipeline.of(num_ranks=num_ranks, num_chunks=num_chunks, num_microbatches=num_microbatches, edges=edges)
-    return schedule(name, pipeline)
-
-
 @settings(deadline=None)
 @given(steps(most=6))
 def test_every_pipeline_has_proven_schedules(step: Schedule) -> None:
     number, edges = step.pipeline.num_microbatches, step.pipeline.edges
     prove(step.rows, num_microbatches=number, edges=edges, placement=step.placement, peaks=step.peaks)
     assert right(step, step.rows)
+
+
+@settings(deadline=None)
+@given(steps(most=5))
+def test_the_forwards_of_every_schedule_are_a_step_of_their_own(step: Schedule) -> None:
+    """As an evaluation runs them."""
+    forwards = [tuple(action for action in row if action.kind == "F") for row in step.rows]
+    number, edges = step.pipeline.num_microbatches, step.pipeline.edges
+    prove(forwards, num_microbatches=number, edges=edges, placement=step.placement, forward_only=True)
+
+
+def test_a_step_of_forwards_alone_has_no_backward() -> None:
+    with pytest.raises(InternalError, match="B0 on pipeline rank 0 is a backward, in a step of forwards alone$"):
+        prove([parse("F0  B0")], num_microbatches=1, edges=[], forward_only=True)
 
 
 def drop(row: Row, i: int, j: int) -> Row:

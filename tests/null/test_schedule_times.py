@@ -7,6 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
 
 from meshwright.compiler.errors import PlanError
 from meshwright.passes.prove import prove
@@ -15,6 +16,7 @@ from meshwright.passes.schedules.drawing import svg
 from meshwright.passes.schedules.pipeline import Compute
 from meshwright.passes.schedules.simulate import Simulation
 from meshwright.passes.schedules.timeline import text, trace
+from tests.null.steps import steps
 
 Times = tuple[float, float, float]
 """Of F, I and W, of a whole rank and one microbatch."""
@@ -121,6 +123,37 @@ def test_less_memory_costs_no_more_time_than_the_paper_says(name: str, part: flo
 def test_blocks_are_found_for_any_number_of_ranks(name: str, p: int) -> None:
     step = schedule(name, Pipeline.of(num_ranks=p, num_chunks=2, num_microbatches=p + 1))
     prove(step.rows, num_microbatches=p + 1, edges=chain(2 * p), placement=step.placement, peaks=step.peaks)
+
+
+@settings(deadline=None)
+@given(steps())
+def test_a_computation_begins_as_soon_as_its_rank_and_what_it_takes_are_there(step: Schedule) -> None:
+    times = step.simulation()
+    costs = step.pipeline.costs
+    made = {
+        ("F" if c.kind == "F" else "B", c.stage, c.microbatch): end
+        for s in times.ranks
+        for _, end, c in s
+        if c.kind != "W"
+    }
+    for rank, spans in enumerate(times.ranks):
+        assert tuple(span.compute for span in spans) == step.orders[rank]
+        free = 0.0
+        for begin, end, (kind, stage, microbatch) in spans:
+            arrivals = [free]
+            for source, destination, *gradient in step.pipeline.edges:
+                other = source if kind == "F" else destination
+                if (
+                    kind != "W"
+                    and stage == (destination if kind == "F" else source)
+                    and (kind == "F" or gradient != [False])
+                ):
+                    away = costs.message if step.placement[other] != rank else 0.0
+                    arrivals.append(made["F" if kind == "F" else "B", other, microbatch] + away)
+            assert begin == max(arrivals)
+            free = end
+    drawn = svg(times, step.name) + text(times) + trace(times)
+    assert "nan" not in drawn.lower()
 
 
 def test_messages_take_time_between_ranks_alone() -> None:

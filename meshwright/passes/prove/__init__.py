@@ -47,6 +47,7 @@ def prove(
     placement: Placement | None = None,
     peaks: Sequence[int] | None = None,
     ascending: bool = True,
+    forward_only: bool = False,
     error: type[MeshwrightError] = InternalError,
 ) -> tuple[int, ...]:
     """Prove the schedule of a step and return how many chunks are alive at once on each pipeline rank.
@@ -56,7 +57,8 @@ def prove(
     rows: the actions of each pipeline rank, peers as stages. edges: (source, destination) or (source, destination, has
     gradient). placement: the pipeline rank of every stage; None for stage s on rank s. peaks: the bound that the
     schedule declares per rank. ascending: whether every stage has to add up its gradients in the order of the
-    microbatches, which makes results comparable bit for bit. Raises ``error`` (a bug of ours, unless the schedule came
+    microbatches, which makes results comparable bit for bit. forward_only: the step has no backwards, as the forwards
+    of a row alone in an evaluation. Raises ``error`` (a bug of ours, unless the schedule came
     from outside) with the first failure: pipeline rank, action and the other party.
     """
     case = Case(
@@ -66,6 +68,7 @@ def prove(
         edges=edges,
         peaks=peaks,
         ascending=ascending,
+        forward_only=forward_only,
     )
     for check in CHECKS:
         for reason in check(case):

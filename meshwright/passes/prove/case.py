@@ -24,6 +24,7 @@ class Case:
     edges: Collection[Edge]
     peaks: Sequence[int] | None
     ascending: bool
+    forward_only: bool
 
     @functools.cached_property
     def stages_of(self) -> tuple[tuple[int, ...], ...]:

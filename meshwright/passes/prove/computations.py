@@ -37,7 +37,9 @@ def placed(case: Case) -> Iterator[str]:
 
 
 def coverage(case: Case) -> Iterator[str]:
-    """Every stage runs one forward of every microbatch, one backward or both of its parts, and nothing else."""
+    """Every stage runs one forward of every microbatch, one backward or both of its parts, and nothing else; no
+    backward where the step is of forwards alone.
+    """
     if case.num_microbatches < 1:
         yield f"a step has {case.num_microbatches} microbatches, less than one"
     count = collections.Counter(
@@ -46,6 +48,8 @@ def coverage(case: Case) -> Iterator[str]:
     for rank, action, _ in case.actions():
         if action.microbatch >= case.num_microbatches:
             yield f"{case.at(rank, action)} is of a microbatch beyond the last, {case.num_microbatches - 1}"
+        if action.kind != "F" and case.forward_only:
+            yield f"{case.at(rank, action)} is a backward, in a step of forwards alone"
         stage = case.stage(rank, action)
         if action.runs and count[action.kind, stage, action.microbatch] > 1:
             yield f"{case.at(rank, action)} is not the only {case.name(action.kind, stage, action.microbatch)} there"
@@ -59,7 +63,7 @@ def coverage(case: Case) -> Iterator[str]:
             whole, inputs, weights = (count[kind, stage, microbatch] for kind in ("B", "I", "W"))
             if not count["F", stage, microbatch]:
                 yield f"pipeline rank {rank} never runs {case.name('F', stage, microbatch)}"
-            if not (whole or inputs or weights):
+            if not (whole or inputs or weights or case.forward_only):
                 yield f"pipeline rank {rank} never runs {case.name('B', stage, microbatch)}"
             for here, missing in (PARTS, PARTS[::-1]):
                 if count[here, stage, microbatch] and not count[missing, stage, microbatch]:

@@ -23,16 +23,15 @@ def matching(case: Case) -> Iterator[str]:
         for source, destination, *gradient in case.edges:
             if case.placement[source] != case.placement[destination]:
                 needed.add((source, destination, True, microbatch))
-                if gradient != [False]:
+                if gradient != [False] and not case.forward_only:
                     needed.add((destination, source, False, microbatch))
     sent, received = list(sends(case)), list(receives(case))
     for verb, ends in (("sends", sent), ("receives", received)):
         for message, times in collections.Counter(message for message, _ in ends).items():
             if times > 1:
-                source, destination, forward, microbatch = message
-                own, peer = (source, destination) if verb == "sends" else (destination, source)
-                place = [place for message_, place in ends if message_ == message][1]
-                yield f"{case.at_place(place)} {verb} {'to' if verb == 'sends' else 'from'} stage {peer} a second time"
+                again = [place for one, place in ends if one == message][1]
+                peer = f"to stage {message[1]}" if verb == "sends" else f"from stage {message[0]}"
+                yield f"{case.at_place(again)} {verb} {peer} a second time"
     out, into = {message for message, _ in sent}, {message for message, _ in received}
     for message in sorted((out | into | needed) - (out & into & needed)):
         source, destination, forward, microbatch = message
