@@ -40,7 +40,7 @@ def _rows(given: dict[str, Any]) -> fx.Node | None:
     if given["mode"] == MAX and given.get("padding_idx") is not None:
         return None
     wanted = (0, shape[0] * shape[1], shape[1])
-    return matrix if shape_of(values) == shape_of(wanted) else None  # type: ignore[arg-type]
+    return matrix if shape_of(values) == shape_of(wanted) else None
 
 
 def _one_by_one(node: fx.Node, given: dict[str, Any]) -> fx.Node:

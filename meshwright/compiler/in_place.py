@@ -42,10 +42,11 @@ def _reshape(node: fx.Node) -> None:
 
 
 def _slice(parts: fx.Node, node: fx.Node) -> fx.Node:
-    source, dim, index = parts.args[0], _dim(parts, 2), node.args[1]
+    source, dim = parts.args[0], _dim(parts, 2)
+    index: Any = node.args[1]
     sizes = [part.shape[dim] for part in parts.meta["val"]]
-    start = sum(sizes[:index])  # type: ignore[misc]
-    return insert(aten.slice.Tensor, (source, dim, start, start + sizes[index]), like=node)  # type: ignore[index]
+    start = sum(sizes[:index])
+    return insert(aten.slice.Tensor, (source, dim, start, start + sizes[index]), like=node)
 
 
 def _select(parts: fx.Node, node: fx.Node) -> fx.Node:

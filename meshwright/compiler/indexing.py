@@ -13,8 +13,9 @@ def index(node: fx.Node, constants: Mapping[fx.Node, torch.Tensor]) -> fx.Node |
     """What computes the same as an aten.index: a slice of one place, a view of everything in order, or a gather of one
     place for every sample; None for what is none of these.
     """
-    source, indices = node.args[0], node.args[1]
-    used = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
+    source: Any = node.args[0]
+    indices: Any = node.args[1]
+    used = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(used) == 1 and used[0][1] in constants and constants[used[0][1]].shape == (1,):
         dim, found = used[0]
         size = source.meta["val"].shape[dim]
@@ -30,15 +31,17 @@ def index(node: fx.Node, constants: Mapping[fx.Node, torch.Tensor]) -> fx.Node |
         return None
     if len(set(positions)) != len(positions):
         return None
+    view: fx.Node = source
     for dim in range(result.ndim):
         if dim not in positions:
-            source = insert(aten.unsqueeze.default, (source, dim), like=node)
-    return source
+            view = insert(aten.unsqueeze.default, (view, dim), like=node)
+    return view
 
 
 def _picked(node: fx.Node, dim: int, index: fx.Node) -> fx.Node | None:
     """One place along ``dim`` for every sample, ``x[torch.arange(len(x)), places]``: samples stay apart in a gather."""
-    source, places = node.args[0], index.meta["val"]
+    source: Any = node.args[0]
+    places = index.meta["val"]
     if places.ndim != 1 or not places.dtype.is_signed:
         return None
     sizes = list(source.meta["val"].shape)

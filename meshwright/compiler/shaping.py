@@ -55,6 +55,7 @@ def _repeat(node: fx.Node) -> fx.Node:
     ``repeat(B, 1)`` is a dim of its own.
     """
     source: fx.Node
+    times: Any
     source, times = node.args  # type: ignore[assignment]
     for _ in range(len(times) - source.meta["val"].ndim):
         source = insert(aten.unsqueeze.default, (source, 0), like=node)

@@ -106,14 +106,16 @@ def _fewer_groups(piece: Piece) -> fx.Node:
     names = [argument.name for argument in piece.node.target._schema.arguments]  # type: ignore[union-attr]
     position = next(i for i, name in enumerate(names) if name in ("groups", "num_groups"))
     queue = list(piece.operands)
+    args: Any
+    kwargs: Any
     args, kwargs = fx.node.map_aggregate(
         (piece.node.args, dict(piece.node.kwargs)), lambda a: queue.pop(0) if isinstance(a, fx.Node) else a
     )
-    given = dict(zip(names, args, strict=False)) | kwargs  # type: ignore[arg-type, operator]
+    given = dict(zip(names, args, strict=False)) | kwargs
     given[names[position]] //= piece.size
-    rest = {name: value for i, (name, value) in enumerate(given.items()) if i >= len(args)}  # type: ignore[arg-type]
+    rest = {name: value for i, (name, value) in enumerate(given.items()) if i >= len(args)}
     name = piece.origin.name if piece.origin else ""
-    written = [given[name] for name in names[: len(args)]]  # type: ignore[arg-type]
+    written = [given[name] for name in names[: len(args)]]
     return piece.call(piece.node.target, *written, like=piece.value, name=name, **rest)
 
 

@@ -279,7 +279,7 @@ CASES |= {
     # images
     **{
         getattr(aten, f"conv{n}d").padding: [
-            lambda n=n: ([x(2, 4, *[5] * n), x(6, 4, *[3] * n), None, [1] * n, "same"], {})
+            lambda n=n: ([x(2, 4, *[5] * n), x(6, 4, *[3] * n), None, [1] * n, "same"], {})  # type: ignore[misc]
         ]
         for n in (1, 2, 3)
     },
@@ -288,11 +288,11 @@ CASES |= {
         lambda: ([x(2, 4, 9), x(4, 6, 3), None, [1], [1], [1], True, [0], 1], {}),
     ],
     **{
-        getattr(aten, f"max_pool{n}d_with_indices").default: [lambda n=n: ([x(2, 4, *[4] * n), [2] * n], {})]
+        getattr(aten, f"max_pool{n}d_with_indices").default: [lambda n=n: ([x(2, 4, *[4] * n), [2] * n], {})]  # type: ignore[misc]
         for n in (1, 2, 3)
     },
     **{
-        getattr(aten, f"adaptive_max_pool{n}d").default: [lambda n=n: ([x(2, 4, *[4] * n), [2] * n], {})]
+        getattr(aten, f"adaptive_max_pool{n}d").default: [lambda n=n: ([x(2, 4, *[4] * n), [2] * n], {})]  # type: ignore[misc]
         for n in (1, 2, 3)
     },
     aten.max_unpool2d.default: [
@@ -312,12 +312,12 @@ CASES |= {
     ],
     **{
         getattr(aten, f"fractional_max_pool{n}d").default: [
-            lambda n=n: ([x(2, 4, *[6] * n), [2] * n, [3] * n, x(2, 4, n).sigmoid()], {})
+            lambda n=n: ([x(2, 4, *[6] * n), [2] * n, [3] * n, x(2, 4, n).sigmoid()], {})  # type: ignore[misc]
         ]
         for n in (2, 3)
     },
     **{
-        getattr(aten, f"{name}{n}d").vec: [lambda n=n, rest=rest: ([x(2, 4, *[4] * n), [6] * n, *rest, None], {})]
+        getattr(aten, f"{name}{n}d").vec: [lambda n=n, rest=rest: ([x(2, 4, *[4] * n), [6] * n, *rest, None], {})]  # type: ignore[misc]
         for name, dims, rest in (
             ("upsample_nearest", (1, 2, 3), []),
             ("_upsample_nearest_exact", (1, 2, 3), []),
@@ -383,7 +383,8 @@ CASES |= {
     aten.scatter.reduce: [lambda: ([x(4, 6), 1, ids(6, 4, 1), x(4, 1)], {"reduce": "add"})],
     aten.scatter.value_reduce: [lambda: ([x(4, 6), 1, ids(6, 4, 2), 3.0], {"reduce": "multiply"})],
     aten.scatter_reduce.two: [
-        lambda r=r: ([x(4, 6), 1, ids(6, 4, 2), x(4, 2), r], {}) for r in ("sum", "prod", "mean", "amax")
+        lambda r=r: ([x(4, 6), 1, ids(6, 4, 2), x(4, 2), r], {})
+        for r in ("sum", "prod", "mean", "amax")  # type: ignore[misc]
     ],
     aten.index_add.default: [
         lambda: ([x(4, 6, 8), 1, ids(6, 3), x(4, 3, 8)], {"alpha": 2}),
@@ -415,9 +416,9 @@ CASES |= {
         lambda: ([x(4, 6), ids(6, 4), 1, 1, x(6).abs(), 2], {}),
         lambda: ([x(4, 6), ids(6, 4), 1, 1, None, 0], {}),
     ],
-    aten.multilabel_margin_loss.default: [lambda r=r: ([x(4, 6), ids(6, 4, 6) - 1, r], {}) for r in (0, 1, 2)],
+    aten.multilabel_margin_loss.default: [lambda r=r: ([x(4, 6), ids(6, 4, 6) - 1, r], {}) for r in (0, 1, 2)],  # type: ignore[misc]
     aten.ctc_loss.Tensor: [
-        lambda r=r: ([x(8, 4, 6).log_softmax(-1), ids(5, 4, 3) + 1, _LENGTHS, torch.tensor([3, 1, 2, 3]), 0, r], {})
+        lambda r=r: ([x(8, 4, 6).log_softmax(-1), ids(5, 4, 3) + 1, _LENGTHS, torch.tensor([3, 1, 2, 3]), 0, r], {})  # type: ignore[misc]
         for r in (0, 1, 2)
     ],
     # cuts

@@ -150,7 +150,7 @@ class Rank:
             )
         if node.target in _FILLED:
             assert value is not None
-            args = (list(self.local(value)), *args[1:])  # type: ignore[index, misc]
+            args = (list(self.local(value)), *args[1:])
         if node.target is aten.split.Tensor:
             parts = sorted(node.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
             dim = args[2]

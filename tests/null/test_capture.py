@@ -197,7 +197,7 @@ def test_double_precision_reads_every_floating_dtype_as_float64() -> None:
 def test_double_precision_reads_tensors_that_are_no_buffers_as_float64() -> None:
     """Tables of positions that a module holds as plain attributes."""
     module = Model(lambda self, x: (x * self.weight * self.table.detach().type_as(x)).sum(), weight=parameter(4))
-    module.table = torch.linspace(0, 1, 4)  # type: ignore[assignment]
+    module.table = torch.linspace(0, 1, 4)
     found = capture(module, (torch.randn(4, 4),), precision="fp64")
     assert {value.dtype for value in found.function.values.values()} == {torch.float64}
     assert module.table.dtype == torch.float32, "the model stays as it is"

@@ -42,7 +42,7 @@ def _line(function: Any) -> int:
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"tp": 2}])
 def test_an_operator_without_a_rule_says_what_it_costs(mesh: dict[str, int]) -> None:
     """Half of 4 * 6 * 8 floats are gathered, and of their gradient every rank keeps its piece."""
-    (message,) = _warnings(Model(_smallest, up=nn.Linear(8, 8)), _without("kthvalue"), **mesh)
+    (message,) = _warnings(Model(_smallest, up=nn.Linear(8, 8)), _without("kthvalue"), None, **mesh)
     assert message == (
         f"aten.kthvalue.default at test_fallback.py:{_line(_smallest)} has no rule and runs whole: "
         "384 bytes per step and rank, 384 forward and 0 backward\n"

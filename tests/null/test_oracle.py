@@ -20,7 +20,8 @@ from meshwright.passes.factors import Rule
 from meshwright.passes.rows import Row
 from meshwright.passes.rules import DEFAULT_RULES, is_pointwise
 from tests.null.oracle import RANKS, Example, answer, derive, distributed, example, rows
-from tests.null.test_rules import CASES, FIXED, POINTWISE, WHOLE
+from tests.null.rule_cases import CASES, FIXED, WHOLE
+from tests.null.test_rules import POINTWISE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found a non-scalar tensor")
 aten = torch.ops.aten

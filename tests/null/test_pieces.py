@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from meshwright import Plan, PlanError, UnsupportedError
+from meshwright import Plan, PlanError
 from meshwright.compiler.text import function_text
 from tests.null.passes import Model, check_exact, parameter, same, typed
 

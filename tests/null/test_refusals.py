@@ -133,8 +133,8 @@ def test_batch_that_cannot_be_cut_in_time_for_want_of_a_rule() -> None:
     line = inspect.getsourcelines(Running.forward)[1] + 1
     assert str(error.value) == (
         f"the batch cannot be cut into microbatches: aten.cumsum.default at test_refusals.py:{line} has no rule and "
-        'needs it whole\n  add a rule: rules={**DEFAULT_RULES, torch.ops.aten.cumsum.default: Rule("...")}, proven with '
-        "meshwright.testing.check_rule, or use microbatches=1"
+        'needs it whole\n  add a rule: rules={**DEFAULT_RULES, torch.ops.aten.cumsum.default: Rule("...")}, proven '
+        "with meshwright.testing.check_rule, or use microbatches=1"
     )
 
 

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_map_only
 from meshwright import runtime
 from meshwright.codegen.writing import write
 from meshwright.compiler.graph import Function, Value, is_multiple
-from tests.null.test_rules import CASES, POINTWISE, _x
+from tests.null.rule_cases import CASES
+from tests.null.rule_cases import x as _x
+from tests.null.test_rules import POINTWISE
 
 aten = torch.ops.aten
 FURTHER: list[tuple[Any, list[Any], dict[str, Any]]] = [
@@ -61,7 +63,9 @@ def _of(tensor: torch.Tensor) -> Value:
 @pytest.mark.parametrize("number", range(len(ALL)), ids=lambda i: f"{ALL[i][0].__name__}-{i}")
 def test_the_code_computes_what_the_operator_does(number: int) -> None:
     target, args, kwargs = ALL[number]
-    graph, values, given = fx.Graph(), {}, {}
+    graph = fx.Graph()
+    values: dict[fx.Node, Value] = {}
+    given: dict[fx.Node, torch.Tensor] = {}
 
     def placeholder(tensor: torch.Tensor) -> fx.Node:
         node = graph.placeholder(f"x_{len(given)}")
@@ -82,6 +86,6 @@ def test_the_code_computes_what_the_operator_does(number: int) -> None:
     lines = "\n    ".join(line.code for line in body.lines)
     space = {"torch": torch, "F": F, **{name: getattr(runtime, name) for name in body.runtime}}
     exec(f"def forward(self, {', '.join(body.arguments)}):\n    {lines}", space)
-    got = space["forward"](SimpleNamespace(training=True), *given.values())  # type: ignore[operator]
+    got = space["forward"](SimpleNamespace(training=True), *given.values())
     for a, b in zip(got if isinstance(got, tuple) else (got,), wanted, strict=True):
         assert a.shape == b.shape and torch.equal(a, b), lines

@@ -25,8 +25,8 @@ def _convolution(call: Call) -> Factors | None:
     batch, channels = source.shape[0], call.results[0].shape[1]
     factors = [Factor(size=batch, operands=(Place(0), None, *none), results=(Place(0),), whole=batch == 1)]
     if groups > 1:
-        places = (Place(1), Place(0), *(Place(0),) * with_bias)
-        factors.append(Factor(size=groups, operands=places, results=(Place(1),), equal=True, pieces="fewer_groups"))
+        grouped = (Place(1), Place(0), *(Place(0),) * with_bias)
+        factors.append(Factor(size=groups, operands=grouped, results=(Place(1),), equal=True, pieces="fewer_groups"))
     inside = Place(1, groups)  # channels within every group
     out, inner = (Place(1), Place(0, groups)) if transposed else (Place(0, groups), Place(1))
     places = (None, out, *(Place(0, groups),) * with_bias)
