@@ -383,8 +383,8 @@ CASES |= {
     aten.scatter.reduce: [lambda: ([x(4, 6), 1, ids(6, 4, 1), x(4, 1)], {"reduce": "add"})],
     aten.scatter.value_reduce: [lambda: ([x(4, 6), 1, ids(6, 4, 2), 3.0], {"reduce": "multiply"})],
     aten.scatter_reduce.two: [
-        lambda r=r: ([x(4, 6), 1, ids(6, 4, 2), x(4, 2), r], {})
-        for r in ("sum", "prod", "mean", "amax")  # type: ignore[misc]
+        lambda r=r: ([x(4, 6), 1, ids(6, 4, 2), x(4, 2), r], {})  # type: ignore[misc]
+        for r in ("sum", "prod", "mean", "amax")
     ],
     aten.index_add.default: [
         lambda: ([x(4, 6, 8), 1, ids(6, 3), x(4, 3, 8)], {"alpha": 2}),
