@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meshwright.compiler.types import I, P, R, S, Type
@@ -41,7 +42,14 @@ EXPLAINED: dict[Any, str] = {
 }  # fmt: skip
 """Operators of which DTensor says something else, and why that does not count."""
 
-SILENT = WHOLE | {aten.mean.default, aten.instance_norm.default, aten.tril.default, aten.triu.default}
+SILENT = {
+    *WHOLE, aten.mean.default, aten.tril.default, aten.triu.default, aten.bilinear.default, aten._grouped_mm.default,
+    aten.cdist.default, aten._linalg_eigh.default, aten._linalg_svd.default, aten.linalg_qr.default, aten.im2col.default,
+    aten.col2im.default, aten.renorm.default, aten.scatter.reduce, aten.scatter.value_reduce, aten.scatter_reduce.two,
+    aten.searchsorted.Tensor, F.embedding_bag, aten.multi_margin_loss.default,
+    aten.multilabel_margin_loss.default, aten.ctc_loss.Tensor, aten.repeat_interleave.self_Tensor, aten.unfold.default,
+    aten.diagonal.default, aten.diag_embed.default,
+}  # fmt: skip
 """Operators that DTensor has no rule for, or computes otherwise with every split of ours."""
 
 WIDER: dict[Any, str] = {
@@ -49,7 +57,7 @@ WIDER: dict[Any, str] = {
         (
             aten.max.default, aten.min.default, aten.amax.default, aten.amin.default, aten.all.default, aten.all.dim,
             aten.any.default, aten.any.dim, aten.prod.default, aten.prod.dim_int, aten.linalg_vector_norm.default,
-            aten.norm.ScalarOpt_dim,
+            aten.norm.ScalarOpt_dim, aten.dist.default, aten.aminmax.default,
         ),
         "what is pending over the ranks is no sum of numbers: a maximum, a product, a norm; no type of ours says that",
     ),
@@ -57,6 +65,11 @@ WIDER: dict[Any, str] = {
         (aten.mean.default, aten.mean.dim, aten.adaptive_avg_pool1d.default),
         "a mean over a fixed size is a normalization's, which is cheaper whole",
     ),
+    **dict.fromkeys(
+        (aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.rot90.default),
+        "places of an image, which no axis splits",
+    ),
+    aten.bucketize.Tensor: "boundaries are few",
 }  # fmt: skip
 """Operators that DTensor splits where we keep them whole, and why."""
 
