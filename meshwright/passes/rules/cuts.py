@@ -9,21 +9,21 @@ aten = torch.ops.aten
 
 
 def _split(call: Call) -> Factors:
-    """Equal parts of a dim: splitting every part is splitting the dim in as many groups. Uneven ones stay whole."""
-    first, dim = call.operands[0], dim_of(call, 2, default=0)
-    assert first is not None
-    sizes = {result.shape[dim] for result in call.results}
-    part = quotient(first.shape[dim], call.results[0].shape[dim])
+    """Equal parts of a dim: splitting every part is splitting the dim in as many groups. Uneven ones stay whole, also
+    where the parts that are used are alike.
+    """
+    first, dim, number = first_of(call), dim_of(call, 2, default=0), call.args[1]
+    length = number if call.target is aten.split.Tensor else quotient(first.shape[dim], number)
+    count = quotient(first.shape[dim], length) if length is not None else None
     factors = []
     for here, size in enumerate(first.shape):
-        count = len(call.results)
-        if here == dim and part is not None and len(sizes) == 1:
-            size, place = call.results[0].shape[dim], Place(dim, part)
-        else:
-            place = Place(here)
-        whole = size == 1 or (here == dim and (part is None or len(sizes) > 1))
-        factors.append(Factor(size=size, operands=(place,), results=(Place(here),) * count, whole=whole))
-    return Factors(factors=tuple(factors), linear=(frozenset({0}),))
+        place = Place(here)
+        if here == dim and count is not None:
+            size, place = length, Place(dim, count)
+        whole = size == 1 or (here == dim and count is None)
+        results = (Place(here),) * len(call.results)
+        factors.append(Factor(size=size, operands=(place,), results=results, whole=whole))
+    return Factors(factors=tuple(factors), linear=ALONE)
 
 
 def _split_with_sizes(call: Call) -> Factors:
