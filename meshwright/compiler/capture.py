@@ -123,10 +123,19 @@ def capture(
     function = function_of(graph, renaming, input_names, attributes, trainable, segments, set(sites))
     unknown = with_unknown_evaluation(function, BATCH)
     used = {segments[name][0] if name in segments else name for name in function.attributes()}
+    learning = {
+        segments[name][0] if name in segments else name
+        for node, value in function.values.items()
+        if node.op == "get_attr" and value.grad
+        for name in (str(node.target),)
+    }
     return Capture(
         model=type(model).__name__,
         function=function,
-        parameters=parameters,
+        parameters={
+            name: replace(p, trainable=p.trainable and (name in learning or name not in used))
+            for name, p in parameters.items()
+        },
         buffers={
             name: replace(buffer, unknown_evaluation=unknown.get(name))
             for name, buffer in buffers.items()
@@ -222,15 +231,29 @@ def _export(
                     strict=False,
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )
-            return exported, tuple(fixed)
+            reason = _assumed(exported, leaves, batch_size)
+            if reason is None:
+                return exported, tuple(fixed)
         except PlanError:
             raise
         except Exception as error:
             reason = _reason(error)
             if not symbols or not _is_about_sizes(error):
                 raise _refusal(error, reason, names) from error
-            dropped = symbols.pop(0)
-            fixed.append(f"{dropped} = {sizes[dropped]}: {reason}")
+        dropped = symbols.pop(0)
+        fixed.append(f"{dropped} = {sizes[dropped]}: {reason}")
+
+
+def _assumed(exported: ExportedProgram, leaves: tuple[Any, ...], batch_size: int) -> str | None:
+    """What torch has found to hold for the example's sizes and would check at run time: two sizes are one."""
+    renaming = _symbols(exported, leaves, batch_size)
+    for node in exported.graph.nodes:
+        condition = node.args[0].meta["val"] if node.target is torch.ops.aten._assert_scalar.default else None
+        found = condition.node.expr if isinstance(condition, torch.SymBool) else None
+        if isinstance(found, sympy.Eq) and not found.free_symbols.isdisjoint(renaming):
+            left, right = (side.xreplace(renaming) for side in found.args)
+            return f"the model needs {left} to be {right}"
+    return None
 
 
 @contextmanager

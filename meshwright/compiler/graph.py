@@ -124,6 +124,7 @@ class Block:
 class Parameter:
     """A parameter of the model, by the name that ``named_parameters()`` gives it.
 
+    trainable: whether it gets a gradient: it is not frozen, and the loss depends on it.
     aliases: the other names under which ``state_dict()`` has the same tensor.
     initial: how its module fills it, as (in-place method name, arguments), if that is known.
     """

@@ -1,6 +1,7 @@
 """From torch.export's graph to a Function: named attributes, symbolic sizes among the arguments, a Value per tensor."""
 
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -16,7 +17,10 @@ from meshwright.compiler.rewriting import place
 from meshwright.compiler.types import Size
 from meshwright.runtime.random import rand_like, randn_like
 
-WITHOUT_GRADIENT = {torch.ops.aten.detach.default, rand_like, randn_like}
+aten = torch.ops.aten
+WITHOUT_GRADIENT = {
+    aten.detach.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, rand_like, randn_like,
+}  # fmt: skip
 """What no gradient flows through, whatever it reads."""
 
 
@@ -86,6 +90,9 @@ def function_of(
                 grad=flows and (val.is_floating_point() or val.is_complex()) and copy.target not in WITHOUT_GRADIENT,
                 made_of="inputs" if not reads_parameters[copy] else "data" if reads_inputs[copy] else "parameters",
             )
+    learning = _reached(result, values)
+    for node in [node for node, value in values.items() if value.grad and node not in learning]:
+        values[node] = replace(values[node], grad=False)
     function = Function(graph=result, values=values, origins=origins(result))
     function.verify()
     return function
@@ -97,6 +104,15 @@ def _check_known(node: fx.Node, shape: tuple[Size, ...], symbols: set[sympy.Symb
             f"{node.target} {place(node)} gives a tensor whose size depends on the data, which no other rank knows\n"
             "  keep all elements and weight them, as in (x * mask).sum(), or read one place each: x.gather(dim, index)"
         )
+
+
+def _reached(graph: fx.Graph, values: Mapping[fx.Node, Value]) -> set[fx.Node]:
+    """What the loss sends a gradient to, and not only what depends on a parameter: a detach may be on the way."""
+    reached: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in reached:
+            reached.update(n for n in node.all_input_nodes if _gradient(values, n))
+    return reached
 
 
 def _gradient(values: Mapping[fx.Node, Value], node: fx.Node) -> bool:
