@@ -170,12 +170,17 @@ class _Solver:
                     seeds[node] = {S(dim) for dim in dims}
             if node in self.carried and (node.op == "placeholder" or not self.axis.features):
                 seeds.setdefault(node, set()).add(self.carried[node])
-        for node in self.function.graph.nodes:
-            if node.op == "call_module":
-                for outer in results(self.function, node):
-                    if (type_ := self.boundary(outer)).is_split:
-                        seeds.setdefault(outer, set()).add(type_)
+        for node in self._crossing():
+            if (type_ := self.boundary(node)).is_split:
+                seeds.setdefault(node, set()).add(type_)
         return seeds
+
+    def _crossing(self) -> list[fx.Node]:
+        """The values that go into blocks and come out of them, whose types are fixed there."""
+        if self.blocks is None:
+            return list(self.function.results())
+        calls = [node for node in self.function.graph.nodes if node.op == "call_module"]
+        return [value for call in calls for value in (*operands(call), *results(self.function, call))]
 
     def _check_pin(self, node: fx.Node, value: Value, pattern: str, type_: Type) -> None:
         if type_.is_split and (type_.dim >= len(value.shape) or not _cuttable(value, type_, self.axis.size)):

@@ -210,3 +210,23 @@ def test_edited_files_are_kept(tmp_path: Path) -> None:
         program.emit(tmp_path / "bundle")
     program.emit(tmp_path / "bundle", overwrite=True)
     assert "# mine" not in stage.read_text()
+
+
+class SelfNormalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y.square().sum() / y.detach().abs().sum()  # type: ignore[no-any-return]
+
+
+def test_sums_of_data_without_gradient_are_not_known_before_the_first_microbatch() -> None:
+    compile_parallel(SelfNormalized(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),))
+    with pytest.raises(PlanError) as error:
+        compile_parallel(SelfNormalized(), Mesh(dp=2), example_inputs=(torch.randn(4, 4),), plan=Plan(microbatches=2))
+    assert str(error.value) == (
+        "the batch cannot be cut into microbatches without changing the result: the loss mixes samples of the batch\n"
+        "  use microbatches=1"
+    )
