@@ -70,7 +70,7 @@ def _addmm(node: fx.Node) -> fx.Node | None:
 def _cross_entropy(node: fx.Node) -> fx.Node | None:
     """The mean over valid labels as a sum over a count: both are partial where the tokens are split.
 
-    With class weights the count is the sum of the valid labels' weights, with soft targets the number of rows.
+    With class weights the count is the sum of the valid labels' weights. A mean over soft targets is one over all rows.
     """
     given = arguments_of(node)
     logits, labels, weight = _rows(node, given["self"]), given["target"], given["weight"]
@@ -79,22 +79,19 @@ def _cross_entropy(node: fx.Node) -> fx.Node | None:
     if given["reduction"] == NONE:
         logarithms = insert(aten.log_softmax.int, (logits, 1), like=node)
         return _each(node, logarithms, labels, given, soft)
-    options: dict[str, Any] = {"reduction": "sum"}
+    options: dict[str, Any] = {"reduction": "sum"} if not soft or given["reduction"] == SUM else {}
     if given["ignore_index"] != -100 and not soft:
         options["ignore_index"] = given["ignore_index"]
     if given["label_smoothing"]:
         options["label_smoothing"] = given["label_smoothing"]
     operands = (logits, labels) if weight is None else (logits, labels, weight)
     total = insert(F.cross_entropy, operands, options, like=node)
-    if given["reduction"] == SUM:
+    if soft or given["reduction"] == SUM:
         return total
-    if soft:
-        count: Any = insert(aten.ones_like.default, (insert(aten.select.int, (logits, 1, 0), like=node),), like=node)
-    else:
-        count = insert(aten.ne.Scalar, (labels, given["ignore_index"]), like=node)
-        if weight is not None:
-            known = insert(aten.mul.Tensor, (labels, count), like=node)  # an ignored label is no index
-            count = insert(aten.mul.Tensor, (insert(aten.index.Tensor, (weight, [known]), like=node), count), like=node)
+    count = insert(aten.ne.Scalar, (labels, given["ignore_index"]), like=node)
+    if weight is not None:
+        known = insert(aten.mul.Tensor, (labels, count), like=node)  # an ignored label is no index
+        count = insert(aten.mul.Tensor, (insert(aten.index.Tensor, (weight, [known]), like=node), count), like=node)
     count = insert(aten.sum.default, (count,), like=node)
     count.meta["name"] = "num_valid"
     return insert(aten.div.Tensor, (total, count), like=node)

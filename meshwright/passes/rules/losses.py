@@ -1,5 +1,7 @@
 """Losses: element by element, summed or averaged over all of them."""
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
@@ -36,7 +38,9 @@ def _elementwise(call: Call) -> Factors:
 
 
 def _cross_entropy(call: Call) -> Factors:
-    """Classes may be split where every row has one label, which is all that counts."""
+    """Classes may be split where every row has one label, which is all that counts. With soft targets the mean is over
+    all rows (with labels it is a sum over a count by now).
+    """
     soft = call.operands[1] is not None and call.operands[1].dtype.is_floating_point
     weighted = len(call.operands) > 2
     if soft:
@@ -45,7 +49,10 @@ def _cross_entropy(call: Call) -> Factors:
         rule = Rule("n v!, n, v! -> " if weighted else "n v!, n -> ")
     else:
         rule = Rule("n v, n -> ", pieces={"v": "cross_entropy"}, invariant=frozenset("v"))
-    return instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
+    factors = instantiate(rule, call.shapes, tuple(value.shape for value in call.results))
+    if not soft or call.kwargs.get("reduction") == "sum":
+        return factors
+    return replace(factors, factors=tuple(replace(f, mean=f.operands[1] == Place(0)) for f in factors.factors))
 
 
 def _by_sample(call: Call) -> Factors | None:
