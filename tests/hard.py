@@ -55,6 +55,18 @@ class StopGradient(Model):
         return total  # type: ignore[no-any-return]
 
 
+class Detached(Model):
+    """Parameters that the loss depends on through a detach alone: no gradient, so no weight decay either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Linear(WIDTH, WIDTH)
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = super().hidden(tokens)
+        return x * torch.sigmoid(self.aside(x)).detach()
+
+
 class Weighted(Model):
     """A weight for each token, normalized over the global batch, and two losses added."""
 
@@ -172,6 +184,18 @@ class Scattered(Model):
         return F.cross_entropy(self.head(x.cumsum(1)).flatten(0, 1), labels.flatten())
 
 
+class Reductions(Model):
+    """Losses that are summed, averaged over all elements or divided by the size of the batch, and with soft targets."""
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.hidden(tokens))
+        rows = logits.flatten(0, 1)
+        soft = rows.detach().roll(1, -1).softmax(-1)
+        total = F.cross_entropy(rows, soft) + F.kl_div(rows.log_softmax(-1), soft, reduction="batchmean")
+        total = total + F.binary_cross_entropy_with_logits(rows, soft) + 0.1 * logits.square().sum() / logits.shape[0]
+        return total + 0.01 * F.smooth_l1_loss(rows, torch.zeros_like(rows), reduction="sum", beta=0.5)
+
+
 class Contrastive(nn.Module):
     """Every sample against every other of the global batch."""
 
@@ -241,6 +265,7 @@ def _vectors() -> Batch:
 HARD: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "nothing to learn": (Model, _tokens),
     "stop gradient": (StopGradient, _tokens),
+    "detached": (Detached, _tokens),
     "weighted": (Weighted, lambda: {**_tokens(), "weights": torch.rand(SIZE, LENGTH)}),
     "class weights": (ClassWeights, _tokens),
     "frozen": (Frozen, _tokens),
@@ -250,6 +275,7 @@ HARD: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "odd sizes": (OddSizes, lambda: _tokens(vocabulary=21)),
     "buffers": (Buffers, _tokens),
     "scattered": (Scattered, _tokens),
+    "reductions": (Reductions, _tokens),
     "contrastive": (Contrastive, _vectors),
     "composite": (Composite, _tokens),
     "complex": (Complex, _vectors),
