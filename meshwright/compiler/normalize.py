@@ -248,16 +248,20 @@ def _covers(shapes: list[torch.Size], result: torch.Tensor) -> bool:
 
 
 def _promote(graph: fx.Graph) -> None:
-    """Integers that meet numbers become torch's default dtype, which a program does not have from its model: in
-    float64 they are cast.
+    """Integers that meet numbers, and tensors that are made of numbers, have torch's default dtype, which a program does
+    not have from its model: in float64 they are cast, or made so.
     """
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-        if not pointwise or not isinstance(value, torch.Tensor) or value.dtype != torch.float64:
+        is_operator = isinstance(node.target, torch._ops.OpOverload)
+        if not is_operator or not isinstance(value, torch.Tensor) or value.dtype != torch.float64:
             continue
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if any(n.meta["val"].is_floating_point() for n in tensors) or node.target is aten.where.Scalar:
+        if not tensors and any(argument.name == "dtype" for argument in node.target._schema.arguments):
+            node.kwargs = {**node.kwargs, "dtype": value.dtype}
+        if torch.Tag.pointwise not in node.target.tags or node.target is aten.where.Scalar:
+            continue
+        if any(n.meta["val"].is_floating_point() for n in tensors):
             continue
         for tensor in tensors:
             node.replace_input_with(tensor, insert(aten.to.dtype, (tensor, value.dtype), like=node))

@@ -620,3 +620,13 @@ def test_integers_that_meet_numbers_are_cast_in_float64() -> None:
     doubled = function_text(capture(Model(run, weight=parameter(8)), (X,), precision="fp64").function)
     assert "aten.to(sum_default_1, torch.float64)" in doubled
     assert "aten.to(" not in _text(Model(run, weight=parameter(8)), X)
+
+
+def test_tensors_of_numbers_are_made_in_float64() -> None:
+    """The default dtype of a rank is not that of the capture."""
+
+    def run(self: Any, x: torch.Tensor) -> Any:
+        return (x * self.weight * torch.linspace(0, 1, 8)).mean()
+
+    doubled = function_text(capture(Model(run, weight=parameter(8)), (X,), precision="fp64").function)
+    assert "aten.linspace(0, 1, 8, device=device(type='cpu'), pin_memory=False, dtype=torch.float64)" in doubled
