@@ -45,17 +45,22 @@ def parameter(*shape: int) -> nn.Parameter:
 
 def captured(model: nn.Module, *batch: Any) -> Capture:
     """What the compiler captures for a mesh with tp."""
-    return capture(model, batch, segment=True)
+    return capture(model, batch, segment=True, is_known=is_known)
+
+
+def is_known(target: Any) -> bool:
+    """Whether an operator has a rule, and stays as it is."""
+    return target in DEFAULT_RULES or is_pointwise(target)
 
 
 def typed(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int) -> Blocks:
     """The blocks with types and conversions."""
-    return _typed(capture(model, batch, segment=True), Mesh(**mesh), plan or Plan())
+    return _typed(capture(model, batch, segment=True, is_known=is_known), Mesh(**mesh), plan or Plan())
 
 
 def parted(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int) -> tuple[Blocks, Partition]:
     """The typed blocks and the stage of every node."""
-    chosen, captured = plan or Plan(), capture(model, batch, segment=True)
+    chosen, captured = plan or Plan(), capture(model, batch, segment=True, is_known=is_known)
     blocks = _typed(captured, Mesh(**mesh), chosen)
     priced = prices(captured.function, BATCH, captured.symbols)
     return blocks, partition(blocks, mesh.get("pp", 1), chosen.split, priced)
@@ -63,7 +68,7 @@ def parted(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int
 
 def lowered(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int) -> Lowered:
     """The whole program."""
-    chosen, captured = plan or Plan(), capture(model, batch, segment=True)
+    chosen, captured = plan or Plan(), capture(model, batch, segment=True, is_known=is_known)
     blocks = _typed(captured, Mesh(**mesh), chosen)
     priced = prices(captured.function, BATCH, captured.symbols)
     return lower(captured, blocks, partition(blocks, mesh.get("pp", 1), chosen.split, priced), Mesh(**mesh), chosen)
@@ -79,14 +84,10 @@ def _typed(captured: Capture, mesh: Mesh, plan: Plan) -> Blocks:
     )
 
 
-def _is_known(target: Any) -> bool:
-    return target in DEFAULT_RULES or is_pointwise(target)
-
-
 def check_exact(model: nn.Module, batch: tuple[torch.Tensor, ...], plan: Plan | None = None, **sizes: int) -> Blocks:
     """Run the typed program on all ranks of ``sizes`` (dp, mb, tp), and compare with one device: loss and gradients."""
     chosen = replace(plan or Plan(), microbatches=sizes.get("mb", 1))
-    captured = capture(model, batch, precision="fp64", segment=True, is_known=_is_known)
+    captured = capture(model, batch, precision="fp64", segment=True, is_known=is_known)
     blocks = _typed(captured, Mesh(**{axis: size for axis, size in sizes.items() if axis != "mb"}), chosen)
     whole = copy.deepcopy(model).double()
     doubled = tuple(leaf.double() if leaf.is_floating_point() else leaf for leaf in batch)

@@ -141,6 +141,9 @@ class Rank:
             return env[a] if isinstance(a, fx.Node) else self.size(a) if isinstance(a, sympy.Expr) else a
 
         args, kwargs = map_aggregate((node.args, dict(node.kwargs)), argument)
+        if value is not None and "groups" in kwargs:
+            dim, groups = kwargs["dim"], kwargs["groups"]
+            kwargs = {**kwargs, "groups": self.groups(value, str(args[1]), dim, groups)}  # type: ignore[arg-type]
         if node.target in _SHAPED:
             assert value is not None
             return (
@@ -152,12 +155,21 @@ class Rank:
             assert value is not None
             args = (list(self.local(value)), *args[1:])
         if node.target is aten.split.Tensor:
-            parts = sorted(node.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
-            dim = args[2]
-            return args[0].split([self.local(function.values[p])[dim] for p in parts], dim)  # type: ignore[arg-type, index, union-attr]
+            length, dim = node.args[1], node.args[2] if len(node.args) > 2 else 0
+            whole = function.values[node.args[0]].shape[dim]  # type: ignore[index]
+            count, rest = divmod(self.size(whole), self.size(length))
+            tensor: Any = args[0]
+            return tensor.split(length, dim) if rest else tensor.chunk(count, dim)
         if getattr(node.target, "__module__", "") == real.__name__:
             return getattr(self, node.target.__name__)(*args, **kwargs)  # type: ignore[union-attr]
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def groups(self, value: Value, axis: str, dim: int, groups: int) -> int:
+        """How many of the groups of a dim this rank has: other axes may have cut what is around them."""
+        for other, type_ in value.types.items():
+            if other != axis and type_.is_split and type_.dim == dim and self.size(type_.groups) < groups:
+                groups //= self.world.sizes[other]
+        return groups
 
     # The runtime's vocabulary
 
@@ -230,8 +242,8 @@ def simulate(
     world = World(sizes)
     main = blocks.main
     places = [dict(zip(sizes, point, strict=True)) for point in itertools.product(*(range(n) for n in sizes.values()))]
-    first = next(iter(batch.values()))
-    symbols = {s: first.shape[0] if s.name == "B" else first.shape[1] for s in capture.symbols}
+    given = [(leaf.shape, batch[leaf.name].shape) for leaf in capture.inputs if leaf.name in batch]
+    symbols = {s: n for dims, shape in given for s, n in zip(dims, shape, strict=True) if s in capture.symbols}
     ranks = [Rank(world, blocks, at, symbols, tensors, capture) for at in places]
     losses: dict[int, torch.Tensor] = {}
     errors: list[BaseException] = []
@@ -318,8 +330,6 @@ def _assemble(
                 current[point] = group[0]
     return current[()]
 
-
-_FILLED = {aten.zeros.default, aten.ones.default, aten.full.default}
 
 _SHAPED = {
     aten.view.default,
