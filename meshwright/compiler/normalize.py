@@ -248,8 +248,8 @@ def _covers(shapes: list[torch.Size], result: torch.Tensor) -> bool:
 
 
 def _promote(graph: fx.Graph) -> None:
-    """Integers that meet numbers, and tensors that are made of numbers, have torch's default dtype, which a program does
-    not have from its model: in float64 they are cast, or made so.
+    """Integers that meet numbers, and tensors of numbers, have torch's default dtype, which a program does not have
+    from its model: in float64 they are cast, or made so.
     """
     for node in list(graph.nodes):
         value = node.meta.get("val")

@@ -331,6 +331,8 @@ def _assemble(
     return current[()]
 
 
+_FILLED = {aten.zeros.default, aten.ones.default, aten.full.default}
+
 _SHAPED = {
     aten.view.default,
     aten.reshape.default,
