@@ -261,7 +261,7 @@ def _promote(graph: fx.Graph) -> None:
             node.kwargs = {**node.kwargs, "dtype": value.dtype}
         if torch.Tag.pointwise not in node.target.tags or node.target is aten.where.Scalar:
             continue
-        if any(n.meta["val"].is_floating_point() for n in tensors):
+        if any(n.meta["val"].is_floating_point() or n.meta["val"].is_complex() for n in tensors):
             continue
         for tensor in tensors:
             node.replace_input_with(tensor, insert(aten.to.dtype, (tensor, value.dtype), like=node))
