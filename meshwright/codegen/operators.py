@@ -142,8 +142,46 @@ REDUCTIONS = ("none", "mean", "sum")
 LOSSES = (
     aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default,
     aten.soft_margin_loss.default, aten.binary_cross_entropy.default, aten.binary_cross_entropy_with_logits.default,
-    aten.kl_div.default,
+    aten.kl_div.default, aten.multi_margin_loss.default, aten.multilabel_margin_loss.default, aten.ctc_loss.Tensor,
 )  # fmt: skip
+
+
+def _interpolated(mode: str, **options: bool) -> Spelling:
+    """Interpolation to a size or by a factor, by its mode."""
+
+    def write(use: Use) -> Text:
+        arguments = use.target._schema.arguments
+        given = dict(zip((argument.name for argument in arguments), use.args, strict=False)) | dict(use.kwargs)
+        written = {
+            "size": given["output_size"],
+            "scale_factor": given.get("scale_factors"),
+            "mode": mode,
+            "align_corners": given.get("align_corners") or None,
+            **options,
+        }
+        words = (f"{name}={plain(value)}" for name, value in written.items() if value is not None)
+        return Text(f"F.interpolate({', '.join([given[arguments[0].name].code, *words])})")
+
+    return write
+
+
+INTERPOLATIONS: Mapping[Any, Spelling] = {
+    **{getattr(aten, f"upsample_nearest{n}d").vec: _interpolated("nearest") for n in (1, 2, 3)},
+    **{getattr(aten, f"_upsample_nearest_exact{n}d").vec: _interpolated("nearest-exact") for n in (1, 2, 3)},
+    aten.upsample_linear1d.vec: _interpolated("linear"),
+    aten.upsample_bilinear2d.vec: _interpolated("bilinear"),
+    aten.upsample_trilinear3d.vec: _interpolated("trilinear"),
+    aten.upsample_bicubic2d.vec: _interpolated("bicubic"),
+    aten._upsample_bilinear2d_aa.vec: _interpolated("bilinear", antialias=True),
+    aten._upsample_bicubic2d_aa.vec: _interpolated("bicubic", antialias=True),
+}
+
+
+def _index_put(use: Use) -> Text:
+    """In public no dim can be left out, so that what leaves out one is the operator itself."""
+    whole = any(index is None for index in use.args[1])
+    written = ", ".join(plain(a) for a in use.args)
+    return Text(f"torch.ops.{use.target}({written})" if whole else f"torch.index_put({written})")
 
 
 def _masked_fill(use: Use) -> Text:
@@ -222,6 +260,10 @@ SPELLINGS: Mapping[Any, Spelling] = {
     buffers.batch_norm: _batch_norm,
     buffers.store: _in_training(2),
     **dict.fromkeys(LOSSES, _loss),
+    **INTERPOLATIONS,
+    aten.index_put.default: _index_put,
+    aten.im2col.default: lambda use: Text(f"F.unfold({', '.join(plain(a) for a in use.args)})"),
+    aten.col2im.default: lambda use: Text(f"F.fold({', '.join(plain(a) for a in use.args)})"),
     random.dropout: _in_training(2),
     random.feature_dropout: _in_training(2),
     random.alpha_dropout: _in_training(2),

@@ -162,6 +162,7 @@ def by_schema(use: Use) -> Text:
         values
         and len(values) > 1
         and not isinstance(values[-1], Text)
+        and positional[len(values) - 1].has_default_value()
         and values[-1] == positional[len(values) - 1].default_value
     ):
         values.pop()

@@ -58,7 +58,7 @@ def _fractional(call: Call) -> Factors:
 
 
 def _channels_moved(call: Call) -> Factors | None:
-    """Batch, and the channels that have places inside their dim on one side."""
+    """Batch, and the channels that have places inside their dim on one side; for pixels the other places too."""
     source, result = first_of(call), call.results[0]
     channel = 1 if call.target in (aten.im2col.default, aten.col2im.default) else len(source.shape) - 3
     if len(source.shape) == (2 if call.target is aten.col2im.default else 3):
@@ -68,8 +68,12 @@ def _channels_moved(call: Call) -> Factors | None:
         for dim in range(channel)
     ]
     size = min(source.shape[channel], result.shape[channel])
-    channels = Factor(size=size, operands=(Place(channel),), results=(Place(channel),), whole=size == 1)
-    return Factors(factors=(*factors, channels), linear=ALONE)
+    factors.append(Factor(size=size, operands=(Place(channel),), results=(Place(channel),), whole=size == 1))
+    if call.target in (aten.pixel_shuffle.default, aten.pixel_unshuffle.default):
+        for dim in range(channel + 1, len(source.shape)):
+            size = min(source.shape[dim], result.shape[dim])
+            factors.append(Factor(size=size, operands=(Place(dim),), results=(Place(dim),), whole=size == 1))
+    return Factors(factors=tuple(factors), linear=ALONE)
 
 
 def _channel_shuffle(call: Call) -> Factors:
