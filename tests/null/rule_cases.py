@@ -33,6 +33,7 @@ FIXED = {
     aten.scatter.reduce: (0, 1, 2),
     aten.scatter.value_reduce: (0, 1),
     aten.multi_margin_loss.default: (2,),
+    aten.histc.default: (0,),
     aten.batch_norm.default: (3, 4),
     batch_norm: (1, 2),
     aten.soft_margin_loss.default: (1,),
@@ -349,6 +350,7 @@ CASES |= {
     aten.rnn_tanh.input: [lambda: _recurrent(1, x(1, 4, 6))],
     aten.rnn_relu.input: [lambda: _recurrent(1, x(1, 4, 6))],
     # reductions
+    aten.histc.default: [lambda: ([x(4, 6), 5, -1, 1], {})],
     aten.nansum.default: [lambda: ([x(4, 6, 8), [1]], {}), lambda: ([x(4, 6)], {})],
     aten.count_nonzero.default: [lambda: ([ids(3, 4, 6)], {}), lambda: ([ids(3, 4, 6), 1], {})],
     aten.count_nonzero.dim_IntList: [lambda: ([ids(3, 4, 6), [1]], {})],

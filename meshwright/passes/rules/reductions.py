@@ -93,6 +93,13 @@ def _renorm(call: Call) -> Factors:
     return in_common(call, (dim,))
 
 
+def _histogram(call: Call) -> Factors | None:
+    """Counts of pieces add up where the range is given, and is not that of the data."""
+    if call.argument(2, "min", 0) == call.argument(3, "max", 0):
+        return None
+    return Factors(factors=tuple(same(call, summed=tuple(range(len(first_of(call).shape))))))
+
+
 def _spectrum(call: Call) -> Factors:
     return Factors(factors=tuple(same(call, dim_of(call, 2))), linear=ALONE)
 
@@ -122,6 +129,7 @@ REDUCTIONS: Rules = {
         ),
         _reduce_whole,
     ),
+    aten.histc.default: _histogram,
     aten.nansum.default: _count,
     aten.count_nonzero.default: _count,
     aten.count_nonzero.dim_IntList: _count,
