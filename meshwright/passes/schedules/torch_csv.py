@@ -39,6 +39,8 @@ class Cell(NamedTuple):
 def write(step: Schedule, *, messages: bool = False) -> str:
     """The CSV of a schedule: its computations alone, or with sends and receives where they are.
 
+    With messages a stage's last backward is followed by REDUCE_GRAD: torch's runtime divides gradients by the number of
+    microbatches there and nowhere else.
     Raises PlanError for messages between stages that are no neighbours, which the format cannot say.
     """
     file = io.StringIO()
@@ -93,13 +95,16 @@ def _parse(word: str, rank: int, at: int) -> Iterator[Cell]:
 
 def _with_messages(row: Row, rank: int) -> Iterator[str]:
     """The cells of a row; ``rank`` is the stage of actions that do not name theirs."""
-    for action in row:
+    last = {action.stage: index for index, action in enumerate(row) if action.kind in "BW" and action.runs}
+    for index, action in enumerate(row):
         stage = rank if action.stage is None else action.stage
         way = "F" if action.kind == "F" else "B"
         yield from (_message(action, stage, f"RECV_{way}", peer) for peer in action.receives)
         if action.runs:
             yield f"{stage}{action.kind}{action.microbatch}"
         yield from (_message(action, stage, f"SEND_{way}", peer) for peer in action.sends)
+        if last.get(action.stage) == index:
+            yield f"{stage}REDUCE_GRAD"
 
 
 def _message(action: Action, stage: int, what: str, peer: int) -> str:
