@@ -178,6 +178,11 @@ def test_what_torch_s_tools_let_pass_is_refused(text: str, messages: bool, reaso
         ("0F0,0UNSHARD,0B0\n", "csv, row 0: 0F0 is run while the parameters of stage 0 are not gathered"),
         ("0UNSHARD,0F0,0RESHARD,0B0\n", "csv, row 0: 0B0 is run while the parameters of stage 0 are not gathered"),
         ("0F0,0REDUCE_GRAD,0B0\n", "csv, row 0: 0B0 comes after the gradients of stage 0 were reduced"),
+        ("0RECV_F0,0F0,0B0\n", "csv: F0 receives from -1, a negative number"),
+        (
+            "0F0,0B0,0SEND_F0\n",
+            "the schedule is wrong: [F0]>s1 on pipeline rank 0 talks to stage 1, but the last one is 0",
+        ),
         ("0F0,0B0,0REDUCE_GRAD,0REDUCE_GRAD\n", "csv, row 0: 0REDUCE_GRAD comes a second time"),
     ],
 )

@@ -109,7 +109,7 @@ def fastest(pipelines: Mapping[int, Pipeline], most_bytes: float | None = None) 
     tried: list[tuple[float, float, Schedule]] = []
     for num_chunks, pipeline in sorted(pipelines.items()):
         for name, candidate in ALGORITHMS.items():
-            if candidate.chunks not in (num_chunks, None if num_chunks > 1 else 1) or candidate.undefined(pipeline):
+            if not candidate.runs(num_chunks) or candidate.undefined(pipeline):
                 continue
             made = schedule(name, pipeline)
             step = made.simulation()

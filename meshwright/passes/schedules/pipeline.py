@@ -92,6 +92,10 @@ class Pipeline:
     edges: Collection[Edge]
     costs: Costs
 
+    def __post_init__(self) -> None:
+        if len(self.costs.forward) != self.num_stages:
+            raise ValueError(f"costs of {len(self.costs.forward)} stages for a pipeline of {self.num_stages}")
+
     @staticmethod
     def of(
         num_ranks: int,

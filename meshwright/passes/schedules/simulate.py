@@ -131,7 +131,7 @@ def simulate(orders: Sequence[Order], placement: Placement, edges: Collection[Ed
                 awake.extend(waiting.pop(result, ()))
     stuck = [str(order[at[rank]]) for rank, order in enumerate(orders) if at[rank] < len(order)]
     if stuck:
-        raise PlanError(f"the schedule comes to no end: {', '.join(stuck)} wait for each other")
+        raise PlanError(f"the schedule comes to no end: no rank can go on with {', '.join(stuck)}")
     return Simulation(ranks=tuple(map(tuple, spans)), messages=tuple(messages), costs=costs)
 
 

@@ -24,6 +24,10 @@ class Algorithm:
     chunks: int | None = 1
     undefined: Callable[[Pipeline], str | None] = lambda pipeline: None
 
+    def runs(self, num_chunks: int) -> bool:
+        """Whether it exists for so many chunks on a rank."""
+        return num_chunks == self.chunks if self.chunks is not None else num_chunks > 1
+
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "gpipe": Algorithm(orders=flushing.gpipe, peaks=flushing.gpipe_peaks),
@@ -71,10 +75,11 @@ def algorithm(name: str, pipeline: Pipeline) -> Algorithm:
         raise PlanError(
             f"a step of {pipeline.num_microbatches} microbatches: the least is 1\n  set microbatches=1 or more"
         )
-    if pipeline.num_chunks != found.chunks and (found.chunks is not None or pipeline.num_chunks < 2):
+    if not found.runs(pipeline.num_chunks):
+        others = ", ".join(other for other, one in ALGORITHMS.items() if one.runs(pipeline.num_chunks))
         raise PlanError(
-            f"schedule={name!r} runs {found.chunks or '2 or more'} chunks of the model on every rank, "
-            f"not {pipeline.num_chunks}"
+            f"schedule={name!r} runs {found.chunks or '2 or more'} of the stages on every rank, not "
+            f"{pipeline.num_chunks}\n  use that number, or a schedule of {pipeline.num_chunks}: {others}"
         )
     reason = found.undefined(pipeline)
     if reason is not None:

@@ -80,7 +80,10 @@ def read(
             raise PlanError(f"{name}, row {rank}: {reason}")
     step = of_orders(name, pipeline, orders)
     if any(cell.what in NEXT for row in rows for cell in row):
-        step = replace(step, rows=tuple(_actions(row, pipeline) for row in rows))
+        try:
+            step = replace(step, rows=tuple(_actions(row, pipeline) for row in rows))
+        except ValueError as reason:
+            raise PlanError(f"{name}: {reason}") from None
     return step
 
 
