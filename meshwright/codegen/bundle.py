@@ -11,7 +11,7 @@ from meshwright.codegen.emit import digest
 from meshwright.compiler.errors import BundleError
 from meshwright.passes.prove import prove
 from meshwright.passes.schedules import Edge
-from meshwright.runtime.actions import Action, parse, to_ranks
+from meshwright.runtime.actions import Action, forwards, parse, to_ranks
 from meshwright.runtime.layout import parse as parse_type
 from meshwright.runtime.manifest import actions_of, load_manifest
 
@@ -130,7 +130,9 @@ def _check_schedules(directory: Path, manifest: Mapping[str, Any]) -> int:
         for edge in stage["sends"].values()
         for to in edge["to"]
     ]
-    prove(rows, num_microbatches=manifest["plan"]["microbatches"], edges=edges, error=BundleError)
+    number = manifest["plan"]["microbatches"]
+    prove(rows, num_microbatches=number, edges=edges, error=BundleError)
+    prove(list(map(forwards, rows)), num_microbatches=number, edges=edges, forward_only=True, error=BundleError)
     files = sorted((directory / "ranks").glob("rank_*.py"))
     for path in files:
         rank = int(path.stem.removeprefix("rank_"))

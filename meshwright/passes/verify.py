@@ -12,6 +12,7 @@ from meshwright.passes.reshard import conversion, conversion_of
 from meshwright.passes.rows import factors_by_node, operands, results, rows_of
 from meshwright.passes.rules import Rules
 from meshwright.passes.schedules import ALGORITHMS, Pipeline
+from meshwright.runtime.actions import forwards
 
 
 def verify(lowered: Lowered, rules: Rules) -> None:
@@ -28,12 +29,9 @@ def verify(lowered: Lowered, rules: Rules) -> None:
                 _check_call(stage.function, node, lowered.blocks[str(node.target)].function, sizes)
     edges = [(e.source, d, e.value.grad) for stage in lowered.stages for e in stage.sends for d in e.destinations]
     pipeline = Pipeline.of(num_ranks=len(lowered.stages), num_microbatches=lowered.microbatches, edges=edges)
-    prove(
-        tuple(stage.schedule for stage in lowered.stages),
-        num_microbatches=lowered.microbatches,
-        edges=edges,
-        peaks=ALGORITHMS[lowered.plan.schedule].peaks(pipeline),
-    )
+    rows, number = [stage.schedule for stage in lowered.stages], lowered.microbatches
+    prove(rows, num_microbatches=number, edges=edges, peaks=ALGORITHMS[lowered.plan.schedule].peaks(pipeline))
+    prove(list(map(forwards, rows)), num_microbatches=number, edges=edges, forward_only=True)
 
 
 def _check(function: Function, sizes: dict[str, int], rules: Rules, where: str) -> None:

@@ -132,6 +132,11 @@ def to_ranks(actions: Iterable[Action], rank_of_stage: Mapping[int, int] | Seque
     )
 
 
+def forwards(actions: Iterable[Action]) -> tuple[Action, ...]:
+    """The forwards alone, with their messages: what an evaluation runs."""
+    return tuple(action for action in actions if action.kind == "F")
+
+
 def fuse(actions: Iterable[Action]) -> tuple[tuple[Action | None, Action | None], ...]:
     """The exchanges of a rank: one before each action and one after the last, as (action before, action after).
 

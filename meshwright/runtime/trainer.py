@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from meshwright.runtime import checkpoint, gathering
-from meshwright.runtime.actions import Action
+from meshwright.runtime.actions import Action, forwards
 from meshwright.runtime.batches import Batch, microbatch_parts, named, replica_part, symbols_of
 from meshwright.runtime.buckets import gather_frozen, gather_in_modules, make_units, needed_groups
 from meshwright.runtime.errors import BundleError, MeshwrightError, PlanError, RankError
@@ -139,8 +139,7 @@ class Trainer:
             self._check_evaluation()
             self.module.eval()
             try:
-                forwards = sorted((a for a in self.actions if a.kind == "F"), key=lambda a: a.microbatch)
-                loss, finish = self._run("evaluation", part, forwards)
+                loss, finish = self._run("evaluation", part, forwards(self.actions))
                 finish()
                 return loss
             finally:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.runtime.actions import Action, fuse, parse, render, to_ranks
+from meshwright.runtime.actions import Action, forwards, fuse, parse, render, to_ranks
 
 numbers = st.integers(0, 20)
 peers = st.lists(numbers, max_size=3, unique=True).map(tuple)
@@ -70,6 +70,11 @@ def test_malformed_text_is_refused_with_its_position(text: str, form: Any, messa
 def test_a_stage_without_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="^s2>B0 names a stage without a rank$"):
         to_ranks(parse("F0>s1  s2>B0", "stage"), {1: 4})
+
+
+def test_an_evaluation_runs_the_forwards_alone() -> None:
+    row = parse("s0>[1F1]  s0>1F0>s2  s2>1I0  1F1>s2  1W0", "stage")
+    assert render(forwards(row), "stage") == "s0>[1F1]  s0>1F0>s2  1F1>s2"
 
 
 def test_a_send_and_the_receive_after_it_are_one_exchange() -> None:

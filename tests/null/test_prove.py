@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from meshwright.compiler.errors import InternalError, PlanError
 from meshwright.passes.prove import prove
 from meshwright.passes.schedules import ALGORITHMS, Edge, Pipeline, Row, Schedule, chain, of_orders, schedule
-from meshwright.runtime.actions import parse
+from meshwright.runtime.actions import forwards, parse
 from tests.null.machine import runs_right
 from tests.null.steps import steps
 
@@ -269,9 +269,14 @@ def test_every_pipeline_has_proven_schedules(step: Schedule) -> None:
 @given(steps(most=5))
 def test_the_forwards_of_every_schedule_are_a_step_of_their_own(step: Schedule) -> None:
     """As an evaluation runs them."""
-    forwards = [tuple(action for action in row if action.kind == "F") for row in step.rows]
     number, edges = step.pipeline.num_microbatches, step.pipeline.edges
-    prove(forwards, num_microbatches=number, edges=edges, placement=step.placement, forward_only=True)
+    prove(
+        list(map(forwards, step.rows)),
+        num_microbatches=number,
+        edges=edges,
+        placement=step.placement,
+        forward_only=True,
+    )
 
 
 def test_a_step_of_forwards_alone_has_no_backward() -> None:
