@@ -340,7 +340,7 @@ def move(row: Row, i: int, j: int) -> Row:
     return (*rest[:j], row[i], *rest[j:])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(step=steps(most=3), data=st.data())
 def test_the_proof_accepts_what_runs_right_and_nothing_else(step: Schedule, data: st.DataObject) -> None:
     rows = list(step.rows)
@@ -391,7 +391,7 @@ def test_every_single_mutation_is_refused_or_harmless(name: str, num_ranks: int)
     assert set(harmless) <= {"swap"}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(step=steps(most=4, names=("gpipe", "looped-bfs", "zb-h1", "zbv")), data=st.data())
 def test_the_proof_knows_which_orders_run(step: Schedule, data: st.DataObject) -> None:
     """Computations of each rank in another order, with the messages of that order."""
