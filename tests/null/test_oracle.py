@@ -44,9 +44,9 @@ EXPLAINED: dict[Any, str] = {
 
 SILENT = {
     *WHOLE, aten.mean.default, aten.tril.default, aten.triu.default, aten.bilinear.default, aten._grouped_mm.default,
-    aten.cdist.default, aten._linalg_eigh.default, aten._linalg_svd.default, aten.linalg_qr.default, aten.im2col.default,
-    aten.col2im.default, aten.renorm.default, aten.scatter.reduce, aten.scatter.value_reduce, aten.scatter_reduce.two,
-    aten.searchsorted.Tensor, F.embedding_bag, aten.multi_margin_loss.default,
+    aten.cdist.default, aten._linalg_eigh.default, aten._linalg_svd.default, aten.linalg_qr.default,
+    aten.im2col.default, aten.col2im.default, aten.renorm.default, aten.scatter.reduce, aten.scatter.value_reduce,
+    aten.scatter_reduce.two, aten.searchsorted.Tensor, F.embedding_bag, aten.multi_margin_loss.default,
     aten.multilabel_margin_loss.default, aten.ctc_loss.Tensor, aten.repeat_interleave.self_Tensor, aten.unfold.default,
     aten.diagonal.default, aten.diag_embed.default,
 }  # fmt: skip
