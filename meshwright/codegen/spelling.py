@@ -151,8 +151,6 @@ def by_schema(use: Use) -> Text:
     if not isinstance(use.target, torch._ops.OpOverload):
         return runtime(use)
     name = use.target._schema.name.split("::")[1]
-    if any(argument.name == "reduction" for argument in use.target._schema.arguments) and hasattr(F, name):
-        return _loss(name, use)
     skipped = {"device", "layout", "pin_memory", "memory_format"}
     arguments = list(use.target._schema.arguments)
     positional = [a for a in arguments if not a.kwarg_only]
@@ -186,23 +184,3 @@ def _takes(function: Any, names: list[str]) -> bool:
     if function is None or isinstance(function, BuiltinFunctionType):
         return function is not None
     return list(inspect.signature(function).parameters)[1 : len(names)] == names[1:]
-
-
-REDUCTIONS = ("none", "mean", "sum")
-"""What torch numbers 0, 1 and 2."""
-
-
-def _loss(name: str, use: Use) -> Text:
-    """``F.name(x, target, reduction="sum")``: operators take a number instead of the word, and the functions of the
-    same name in ``torch`` have other defaults.
-    """
-    arguments = use.target._schema.arguments
-    given = {a.name: value for a, value in zip(arguments, use.args, strict=False)} | dict(use.kwargs)
-    first = [a.name for a in arguments[:2]]
-    written = [plain(given[key]) for key in first]
-    for argument in arguments[2:]:
-        value = given.get(argument.name, argument.default_value)
-        if value != argument.default_value:
-            value = REDUCTIONS[value] if argument.name == "reduction" else value
-            written.append(f"{argument.name}={plain(value)}")
-    return Text(f"F.{name}({', '.join(written)})")
