@@ -155,6 +155,21 @@ class OddSizes(Model):
         return x + self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+class UnevenSkip(Model):
+    """A value of 7 features on its way from the first layer to the last, over all stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.note, self.recall = nn.Linear(WIDTH, 7), nn.Linear(7, WIDTH)
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        noted = torch.tanh(self.note(x))
+        for layer in self.layers:
+            x = layer(x)
+        return x + self.recall(noted)  # type: ignore[no-any-return]
+
+
 class Buffers(Model):
     """A buffer that is read, a table of positions, and constants made in forward."""
 
@@ -273,6 +288,7 @@ HARD: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "twice in a block": (TwiceInABlock, _tokens),
     "skips": (Skips, _tokens),
     "odd sizes": (OddSizes, lambda: _tokens(vocabulary=21)),
+    "uneven skip": (UnevenSkip, _tokens),
     "buffers": (Buffers, _tokens),
     "scattered": (Scattered, _tokens),
     "reductions": (Reductions, _tokens),

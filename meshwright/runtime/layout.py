@@ -144,15 +144,24 @@ def evaluate(size: int | str, symbols: Mapping[str, int]) -> int:
 
 
 def local_shape(
-    shape: Sequence[int | str], types: Mapping[str, str], symbols: Mapping[str, int], sizes: Mapping[str, int]
+    shape: Sequence[int | str],
+    types: Mapping[str, str],
+    symbols: Mapping[str, int],
+    sizes: Mapping[str, int],
+    coordinates: Mapping[str, int],
 ) -> tuple[int, ...]:
-    """The shape of a piece: every split dim divided by its axes' sizes. Raises BundleError where they do not divide."""
+    """The shape of the piece at ``coordinates``. A fixed dim may be cut in pieces of which the last is shorter.
+
+    Raises BundleError for any other dim that its axis does not divide.
+    """
     local = [evaluate(size, symbols) for size in shape]
     for axis, text in types.items():
         type_ = parse(text)[1]
         if isinstance(type_, Split):
-            pieces = sizes.get(axis, 1)
-            if local[type_.dim] % pieces:
+            pieces, size = sizes.get(axis, 1), local[type_.dim]
+            may_differ = isinstance(shape[type_.dim], int) and type_.groups == 1 and suffices(size, pieces)
+            if size % pieces and not may_differ:
                 raise BundleError(f"cannot cut dim {type_.dim} of {tuple(shape)} in {pieces} equal pieces over {axis}")
-            local[type_.dim] //= pieces
+            start, stop = shard_bounds(size, coordinates.get(axis, 0), pieces)
+            local[type_.dim] = stop - start
     return tuple(local)

@@ -65,7 +65,8 @@ class Messages:
     def shapes(self, symbols: Mapping[str, int]) -> Shapes:
         """The local shapes of all values of this stage's edges. Raises BundleError for sizes that do not divide."""
         sizes = {**self.groups.sizes, "mb": self.groups.microbatches}
-        return {name: local_shape(edge.shape, edge.types, symbols, sizes) for name, edge in self.edges.items()}
+        at = self.groups.coordinates
+        return {name: local_shape(edge.shape, edge.types, symbols, sizes, at) for name, edge in self.edges.items()}
 
     def check(self, values: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
         """Raises BundleError for a value that is not what its receivers make room for."""
