@@ -25,7 +25,7 @@ from meshwright.compiler.initial import initial_values
 from meshwright.compiler.normalize import normalize
 from meshwright.compiler.precision import RealIndices, doubled, float64
 from meshwright.compiler.random import refusing_other_generators
-from meshwright.compiler.tables import function_of
+from meshwright.compiler.tables import function_of, reached
 from meshwright.compiler.written import CUMULATIVE, with_unknown_evaluation
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
@@ -119,6 +119,7 @@ def capture(
     segments: dict[str, tuple[str, Segment]] = {}
     sites: dict[str, Site] = {}
     normalize(exported.graph_module, constants, attributes, registered, segments if segment else None, sites, is_known)
+    parameters = _without_gradient(graph, attributes, segments, parameters)
     trainable = {name: p.trainable for name, p in parameters.items()}
     function = function_of(graph, renaming, input_names, attributes, trainable, segments, set(sites))
     unknown = with_unknown_evaluation(function, BATCH)
@@ -373,6 +374,25 @@ def _state(
             buffers[name] = Buffer(name=name, shape=tuple(value.shape), dtype=value.dtype, persistent=False)
             tensors[name] = value.detach()
     return attributes, parameters, buffers, tensors
+
+
+def _without_gradient(
+    graph: fx.Graph,
+    attributes: Mapping[fx.Node, str],
+    segments: Mapping[str, tuple[str, Segment]],
+    parameters: Mapping[str, Parameter],
+) -> dict[str, Parameter]:
+    """Parameters that are read, but through no_grad or detach alone, are frozen: an optimizer that decays what has a
+    gradient of zero leaves alone what has none.
+    """
+    learning = reached(graph)
+    read: dict[str, bool] = {}
+    for node in graph.nodes:
+        name = attributes.get(node) or (segments[str(node.target)][0] if str(node.target) in segments else None)
+        if name in parameters and node.users:
+            read[name] = read.get(name, False) or node in learning
+    frozen = {name for name, learns in read.items() if not learns}
+    return {name: replace(p, trainable=p.trainable and name not in frozen) for name, p in parameters.items()}
 
 
 def _input(name: str, leaf: Any, batch_size: int, function: Any) -> Input:

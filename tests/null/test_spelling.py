@@ -44,6 +44,7 @@ FURTHER: list[tuple[Any, list[Any], dict[str, Any]]] = [
     (aten.div.Tensor_mode, [_x(4, 6), _x(4, 6) + 2], {"rounding_mode": "floor"}),
     (aten.sub.Tensor, [_x(4, 6), _x(4, 6) + 1], {"alpha": 2}),
     (aten.remainder.Scalar, [_x(4, 6), 0.3], {}),
+    (aten.upsample_bilinear2d.vec, [_x(2, 3, 4, 4), [8, 6], False, None], {}),
     (aten.unbind.int, [_x(4, 2, 6), 1], {}),
     (aten.nan_to_num.default, [_x(4, 6), 0.5], {}),
 ]

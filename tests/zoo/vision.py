@@ -97,7 +97,8 @@ VISION: Mapping[str, Entry] = {
     ),
     "MobileNetV2ForImageClassification": Entry(
         "MobileNetV2Config",
-        {"image_size": IMAGE, "depth_multiplier": 0.25, "classifier_dropout_prob": 0.0, "num_labels": CLASSES},
+        {"image_size": IMAGE, "depth_multiplier": 0.25, "output_stride": 8, "classifier_dropout_prob": 0.0,
+         "num_labels": CLASSES},
         "image",
         plan=_STATISTICS,
     ),
