@@ -65,10 +65,7 @@ WIDER: dict[Any, str] = {
         (aten.mean.default, aten.mean.dim, aten.adaptive_avg_pool1d.default),
         "a mean over a fixed size is a normalization's, which is cheaper whole",
     ),
-    **dict.fromkeys(
-        (aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.rot90.default),
-        "places of an image, which no axis splits",
-    ),
+    aten.rot90.default: "places of an image, which no axis splits",
     aten.bucketize.Tensor: "boundaries are few",
 }  # fmt: skip
 """Operators that DTensor splits where we keep them whole, and why."""

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from meshwright import Mesh, Plan, PlanError, compile_parallel
 from meshwright.compiler.program import Lowered
@@ -146,18 +145,3 @@ def test_a_pin_of_groups_that_does_not_divide_is_an_error() -> None:
             models.MLP(width=6), Mesh(tp=4), example_inputs={"features": torch.randn(8, 6), "targets": torch.randn(8)},
             plan=Plan(pins={"head.weight": {"tp": "S(1/2)"}}),
         )  # fmt: skip
-
-
-class Median(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(x).kthvalue(3, -1).values.pow(2).mean()  # type: ignore[no-any-return]
-
-
-def test_an_operator_without_a_rule_is_named() -> None:
-    with pytest.warns(UserWarning, match=r"^aten.kthvalue.default at test_propagate.py:\d+ has no rule and runs whole"):
-        program = compile_parallel(Median(), Mesh(dp=2), example_inputs=(torch.randn(4, 8),))
-    assert "warning: aten.kthvalue.default" in program.explain()

@@ -237,7 +237,7 @@ def _price(
     for value in calls:
         places = [(user, i) for user, operands in calls.items() for i, name in enumerate(operands) if name == value]
         wanted = {picks[user][0].operands[i] for user, i in places} | ({I} if value == "w" else set())
-        known = {row.operands[i] for user, i in places for row, _ in rows[user]} | {I}
+        known = {row.operands[i] for user, i in places for row, _ in rows[user]} | {I, P}
         (made,) = picks[value][0].results
         total += _tree(made, wanted - {made}, known - {made}, costs)
     return total
