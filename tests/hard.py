@@ -229,6 +229,19 @@ class Contrastive(nn.Module):
         return (F.cross_entropy(scores, truth) + F.cross_entropy(scores.t(), truth)) / 2
 
 
+class Mixed(nn.Module):
+    """What all samples give together goes on through weights, beside a penalty on a weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        together = torch.tanh(self.up(x).mean(0))
+        apart = (self.down(together) - self.up(y)).pow(2).mean()
+        return apart + torch.tanh(self.down(together)).sum() + 0.1 * self.up.weight.pow(2).sum()  # type: ignore[no-any-return]
+
+
 class Composite(Model):
     """Losses that torch composes of other operators."""
 
@@ -297,6 +310,7 @@ HARD: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "scattered": (Scattered, _tokens),
     "reductions": (Reductions, _tokens),
     "contrastive": (Contrastive, _vectors),
+    "mixed": (Mixed, _vectors),
     "composite": (Composite, _tokens),
     "complex": (Complex, _vectors),
     "divisors": (Divisors, _tokens),

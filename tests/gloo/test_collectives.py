@@ -14,6 +14,7 @@ from meshwright.runtime import (
     invariant_to_replicated,
     part_of_mean,
     reduce_scatter,
+    replicated_to_partial,
     shard,
     shard_range,
 )
@@ -29,6 +30,7 @@ GRADIENT = {"R": "P", "I": "I", "P": "R"}
 
 ROWS: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "I -> R": ("I", "R", lambda x: invariant_to_replicated(x, "tp")),
+    "R -> P": ("R", "P", lambda x: replicated_to_partial(x, "tp")),
     "P -> I": ("P", "I", lambda x: all_reduce(x, "tp")),
     "P -> R": ("P", "R", lambda x: invariant_to_replicated(all_reduce(x, "tp"), "tp")),
     "S(0) -> R": ("S(0)", "R", lambda x: all_gather(x, "tp", dim=0, to="R")),
@@ -146,6 +148,7 @@ def test_an_axis_of_one_rank_or_none_is_the_identity() -> None:
             ):
                 assert result is x
             assert shard_range(7, axis) == (0, 7)
+            assert replicated_to_partial(x, axis).equal(x)
         assert part_of_mean(x, "tp", "cp").equal(x)
 
 

@@ -18,8 +18,8 @@ MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "dp2": ({"dp": 2}, {"zero": 2}),
     "3D": ({"dp": 2, "pp": 2, "tp": 2}, {"zero": 3, "microbatches": 2}),
 }
-WHOLE_BATCH = {"contrastive"}
-"""Every sample meets every other: over dp they are gathered, in microbatches there is no way."""
+WHOLE_BATCH = {"contrastive", "mixed"}
+"""Samples meet each other: over dp they are gathered or summed, in microbatches there is no way."""
 
 
 @functools.cache

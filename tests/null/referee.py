@@ -65,6 +65,10 @@ def _invariant_to_replicated(x: torch.Tensor, axis: str) -> Any:
     return spmd.invariant_to_replicate(x, axis)
 
 
+def _replicated_to_partial(x: torch.Tensor, axis: str) -> Any:
+    return spmd.convert(x, axis, src=R, dst=P)
+
+
 def _all_reduce(x: torch.Tensor, axis: str) -> Any:
     return spmd.all_reduce(_partial(x, axis), axis, src=P, dst=I)
 
@@ -131,6 +135,7 @@ def _store(buffer: torch.Tensor, value: torch.Tensor, training: bool, *, every: 
 
 VOCABULARY: Mapping[str, Callable[..., Any]] = {
     "invariant_to_replicated": _invariant_to_replicated,
+    "replicated_to_partial": _replicated_to_partial,
     "all_reduce": _all_reduce,
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,

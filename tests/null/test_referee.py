@@ -47,6 +47,7 @@ CASES: Mapping[str, Callable[[], Case]] = {
     "divisors": lambda: _hard("divisors", ALL, microbatches=2),
     "skips": lambda: _hard("skips", {"pp": 4, "tp": 2}, microbatches=2),
     "contrastive": lambda: _hard("contrastive", {"dp": 2, "tp": 2}),
+    "mixed": lambda: _hard("mixed", {"dp": 2, "tp": 2}),
 }
 ZOO = [
     ("GPT2LMHeadModel", "3D zero1"),
