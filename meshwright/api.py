@@ -13,9 +13,10 @@ from torch import nn
 from meshwright.codegen.emit import emit
 from meshwright.codegen.report import explain
 from meshwright.compiler.blocks import find_blocks
-from meshwright.compiler.capture import BATCH, capture
+from meshwright.compiler.capture import capture
 from meshwright.compiler.check import check_request, kept_in_eval
 from meshwright.compiler.examples import example_of
+from meshwright.compiler.leaves import BATCH
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.plan import Plan
 from meshwright.compiler.program import Lowered

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import sympy
 
 from meshwright.codegen.views import Line
-from meshwright.compiler.capture import BATCH
 from meshwright.compiler.graph import Value
+from meshwright.compiler.leaves import BATCH
 from meshwright.compiler.types import I, Size, Type
 
 BATCH_AXES = ("dp", "mb")

@@ -12,9 +12,9 @@ from torch import fx
 
 from meshwright.codegen.margin import BATCH_AXES
 from meshwright.codegen.views import Line
-from meshwright.compiler.capture import BATCH
 from meshwright.compiler.errors import InternalError
 from meshwright.compiler.graph import Function, Value
+from meshwright.compiler.leaves import BATCH
 from meshwright.passes.factors import Factor
 from meshwright.passes.rows import groups_of
 

@@ -3,9 +3,9 @@
 import difflib
 import fnmatch
 
-from meshwright.compiler.capture import BATCH
 from meshwright.compiler.errors import PlanError
 from meshwright.compiler.graph import Capture
+from meshwright.compiler.leaves import BATCH
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.plan import Plan
 

@@ -24,18 +24,6 @@ WITHOUT_GRADIENT = {
 """What no gradient flows through, whatever it reads."""
 
 
-def reached(graph: fx.Graph) -> set[fx.Node]:
-    """What a gradient of the loss comes to: not through a detach, and not through integers."""
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    found: set[fx.Node] = {output.args[0][0]}  # type: ignore[index, arg-type]
-    for node in reversed(graph.nodes):
-        value = node.meta.get("val")
-        flows = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
-        if flows and any(user in found and user.target not in WITHOUT_GRADIENT for user in node.users):
-            found.add(node)
-    return found
-
-
 def function_of(
     graph: fx.Graph,
     renaming: Mapping[sympy.Symbol, sympy.Symbol],

@@ -1,11 +1,30 @@
 """Which kinds of dims each axis may split, and what the user pinned on it."""
 
-from meshwright.compiler.capture import SEQUENCE
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from meshwright.compiler.graph import Capture
+from meshwright.compiler.leaves import SEQUENCE
 from meshwright.compiler.mesh import MICROBATCH_AXIS, Mesh
 from meshwright.compiler.plan import Plan
 from meshwright.compiler.types import Type
-from meshwright.passes.propagate import Axis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One axis to infer types for.
+
+    seeds: input -> the dim of it that starts split: the batch, or the sequence where that is permitted.
+    features: whether dims of parameters may be split. in_time: no communication in the forward. by_microbatch: batch
+    statistics, and what is stored in buffers, are those of each microbatch by itself.
+    """
+
+    name: str
+    size: int
+    seeds: Mapping[str, int]
+    features: bool
+    in_time: bool = False
+    by_microbatch: bool = False
 
 
 def axes_of(capture: Capture, mesh: Mesh, plan: Plan) -> tuple[Axis, ...]:

@@ -12,46 +12,28 @@ from dataclasses import dataclass
 from torch import fx
 
 from meshwright.compiler.blocks import Blocks
-from meshwright.compiler.errors import InternalError, PlanError, UnsupportedError
+from meshwright.compiler.errors import PlanError
 from meshwright.compiler.graph import Function, Value
-from meshwright.compiler.text import function_text
 from meshwright.compiler.types import I, P, R, S, Type
-from meshwright.compiler.written import ONCE_PER_STEP, is_writer, is_written, only_stored, writes
+from meshwright.compiler.written import ONCE_PER_STEP, is_writer, is_written, only_stored
+from meshwright.passes.axes import Axis
+from meshwright.passes.carry import FactorTables, carried_splits
 from meshwright.passes.cost import Prices, compute_time, conversion_time, holding_time, is_conversion
-from meshwright.passes.factors import Factors
+from meshwright.passes.refusals import mixed, no_types, where
 from meshwright.passes.rows import (
     Row,
     candidates,
     factors_by_node,
-    groups_of,
     has_pieces,
     operands,
     results,
     rows_of,
     uneven,
 )  # fmt: skip
-from meshwright.passes.rules import Rules, a_rule_for
+from meshwright.passes.rules import Rules
 from meshwright.passes.solve import Choice, Problem, solve
 
 Boundary = Mapping[fx.Node, Type]
-FactorTables = Mapping[str, Mapping[fx.Node, Factors | None]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """One axis to infer types for.
-
-    seeds: input -> the dim of it that starts split: the batch, or the sequence where that is permitted.
-    features: whether dims of parameters may be split. in_time: no communication in the forward. by_microbatch: batch
-    statistics, and what is stored in buffers, are those of each microbatch by itself.
-    """
-
-    name: str
-    size: int
-    seeds: Mapping[str, int]
-    features: bool
-    in_time: bool = False
-    by_microbatch: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,40 +88,12 @@ class _Solver:
     ):
         self.function, self.axis, self.prices, self.pins, self.blocks = function, axis, prices, pins, blocks
         self.given = dict(boundary)
-        self.every, self.factors = every, every[name]
+        self.factors = every[name]
         self.by_itself = only_stored(function.graph) if axis.by_microbatch else set()
-        self.carried = self._carry_seed()
+        self.carried = carried_splits(function, axis, name, every, blocks, self.given)
         self.found = candidates(function, self.factors, self._seeds(), axis.size)
 
     # What is fixed beforehand
-
-    def _carry_seed(self) -> dict[fx.Node, Type]:
-        """The split that each value inherits from the inputs, forward through the factors and the blocks."""
-        carried: dict[fx.Node, Type] = {n: t for n, t in self.given.items() if t.is_split}
-        for node in self.function.graph.nodes:
-            if node.op == "placeholder" and self.blocks is not None and str(node.target) in self.axis.seeds:
-                carried[node] = S(self.axis.seeds[str(node.target)])
-            elif node.op == "call_module" and self.blocks is not None:
-                block = self.blocks.of(str(node.target))
-                inner = dict(zip(block.function.inputs(), operands(node), strict=True))
-                start = {n: carried[outer] for n, outer in inner.items() if outer in carried}
-                inside = _forward(block.function, self.every[block.name], start)
-                for result, outer in zip(block.function.results(), results(self.function, node), strict=False):
-                    if result in inside:
-                        carried[outer] = inside[result]
-            else:
-                _forward_node(self.function, node, self.factors.get(node), carried)
-                if node in self.function.values and node not in carried:
-                    carried |= self._as_long_as_seeds(node)
-        return carried
-
-    def _as_long_as_seeds(self, node: fx.Node) -> dict[fx.Node, Type]:
-        """The split of a value that the code makes as long as the batch, a mask of ones, say."""
-        inputs = {str(n.target): self.function.values[n].shape for n in self.function.inputs()}
-        sizes = {inputs[name][dim] for name, dim in self.axis.seeds.items() if name in inputs}
-        shape = self.function.values[node].shape
-        dims = [dim for dim, size in enumerate(shape) if not isinstance(size, int) and size in sizes]
-        return {node: S(dims[0])} if dims and not self.axis.features and self.blocks is not None else {}
 
     def boundary(self, node: fx.Node) -> Type:
         """The type of a value where it enters or leaves a function."""
@@ -206,7 +160,7 @@ class _Solver:
         if choice is None and not (self.axis.features or self.axis.in_time):
             choice = self._solved(set(self.function.values))
         if choice is None:
-            raise self._infeasible()
+            raise self._refusal()
         for node in self.by_itself:
             self._check_stored(node, choice)
         return choice
@@ -242,7 +196,7 @@ class _Solver:
         rows = rows_of(self.function, node, self.factors.get(node), self.found, replicable, self.axis.size)
         if self.axis.in_time and not self.axis.by_microbatch:
             if any(row.synchronized for row in rows) or (is_writer(node) and node.target not in ONCE_PER_STEP):
-                raise self._mixed(f"batch statistics are taken {self._where(node)}")
+                raise mixed(f"batch statistics are taken {where(self.function, node)}")
         return rows
 
     def _check_stored(self, node: fx.Node, choice: Choice) -> None:
@@ -254,22 +208,9 @@ class _Solver:
                 name = origin.name if origin else used.name
                 raise PlanError(
                     f"cannot store a value of each microbatch by itself: {name!r}, which is stored "
-                    f"{self._where(node)}, is also a part of the loss, which is summed over microbatches\n"
+                    f"{where(self.function, node)}, is also a part of the loss, which is summed over microbatches\n"
                     "  compute what is stored apart from what the loss reads, or use microbatches=1"
                 )
-
-    def _where(self, node: fx.Node) -> str:
-        origin = self.function.origins.get(node)
-        if origin is None:
-            return "in the model"
-        file, line = origin.statement
-        return f"by {origin.module_path or 'the model'} at {file.rsplit('/', 1)[-1]}:{line}"
-
-    def _mixed(self, what: str) -> PlanError:
-        return PlanError(
-            f"the batch cannot be cut into microbatches without changing the result: {what}\n"
-            '  use microbatches=1, or batch_statistics="microbatch" (each by itself, as gradient accumulation has it)'
-        )
 
     def _held(self, node: fx.Node) -> list[Type]:
         """The types in use that a parameter or buffer may have."""
@@ -344,6 +285,10 @@ class _Solver:
             allowed = target == I or source != P
         return conversion_time(self.prices, value, source, target, self.axis.size) if allowed else None
 
+    def _refusal(self) -> Exception:
+        blamed = self._unstorable() if self.axis.in_time else None
+        return no_types(self.function, self.axis, self.factors, self.carried, self.pins, blamed)
+
     def _unstorable(self) -> fx.Node | None:
         """The first store but for which, and others like it, there would be types."""
         graph = self.function.graph
@@ -356,77 +301,6 @@ class _Solver:
             if self._solved(self._replicable()) is None:
                 return node
         return None
-
-    def _unruled(self) -> list[str]:
-        """Why the batch cannot be cut: operators without a rule that take it whole."""
-        found = (
-            f"the batch cannot be cut into microbatches: {node.target} {self.function.place(node)} has no rule and "
-            f"needs it whole\n  {a_rule_for(node.target)}"
-            for node, here in self.factors.items()
-            if here is None and any(used in self.carried for used in operands(node))
-        )
-        return list(dict.fromkeys(found))
-
-    def _infeasible(self) -> Exception:
-        if self.axis.in_time and (unruled := self._unruled()):
-            return PlanError("\n".join(unruled) + ", or use microbatches=1")
-        if self.axis.in_time:
-            if (node := self._unstorable()) is not None:
-                name = str(writes(node)[0].target)
-                return self._mixed(f"{name!r} is written {self._where(node)} with a value of the batch")
-            return PlanError(
-                "the batch cannot be cut into microbatches without changing the result: the loss mixes "
-                "samples of the batch\n"
-                "  use microbatches=1"
-            )
-        pins = sorted(f"{pattern!r} ({self.axis.name}={type_})" for pattern, type_ in set(self.pins.values()))
-        if pins:
-            return PlanError(
-                f"the pins contradict each other on {self.axis.name}: no types of the other values fit "
-                f"{' and '.join(pins)}\n"
-                "  drop one of them"
-            )
-        if self.axis.features:
-            return InternalError(f"no types on {self.axis.name} fit this graph:\n{function_text(self.function)}")
-        return UnsupportedError(
-            f"the batch cannot be split over {self.axis.name}: the loss mixes samples of the batch in a "
-            f"way without a rule"
-        )
-
-
-def _forward(
-    function: Function, factors: Mapping[fx.Node, Factors | None], start: dict[fx.Node, Type]
-) -> dict[fx.Node, Type]:
-    carried = dict(start)
-    for node in function.graph.nodes:
-        _forward_node(function, node, factors.get(node), carried)
-    return carried
-
-
-def _forward_node(function: Function, node: fx.Node, factors: Factors | None, carried: dict[fx.Node, Type]) -> None:
-    ins, outs = operands(node), results(function, node)
-    for tensor, position in ((n, i) for i, n in enumerate(ins) if n in carried):
-        for factor in factors.factors if factors is not None else ():
-            inside = groups_of(factor, factor.operands[position], carried[tensor])
-            if factor.whole or inside is None:
-                continue
-            for outer, place in zip(outs, factor.results, strict=True):
-                if place is not None:
-                    carried.setdefault(outer, place.split(inside))
-        for outer in outs:
-            if outer not in carried and (type_ := _alike(function, tensor, carried[tensor], outer)) is not None:
-                carried[outer] = type_
-
-
-def _alike(function: Function, source: fx.Node, type_: Type, result: fx.Node) -> Type | None:
-    """Where no rule carries a split on, the result is split again along a dim of the same size, if it has one."""
-    if source not in function.values or result not in function.values:
-        return None
-    size, shape = function.values[source].shape[type_.dim], function.values[result].shape
-    same = [dim for dim, other in enumerate(shape) if other == size]
-    if not same or type_.groups != 1:
-        return None
-    return S(type_.dim if type_.dim in same else same[0])
 
 
 def _splittable(value: Value, type_: Type, pieces: int) -> bool:

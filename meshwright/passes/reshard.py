@@ -14,9 +14,10 @@ from meshwright.compiler.blocks import Blocks
 from meshwright.compiler.graph import Block, Function, Value
 from meshwright.compiler.types import P, Type
 from meshwright.compiler.written import ONCE_PER_STEP
+from meshwright.passes.axes import Axis
 from meshwright.passes.cost import is_conversion
 from meshwright.passes.pieces import PIECES, Piece
-from meshwright.passes.propagate import Axis, Typing
+from meshwright.passes.propagate import Typing
 from meshwright.passes.rows import Row, operands, results, uneven
 from meshwright.passes.solve import Choice
 from meshwright.runtime.collectives import (

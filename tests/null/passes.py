@@ -11,8 +11,9 @@ from torch import nn
 
 from meshwright import Mesh, Plan
 from meshwright.compiler.blocks import Blocks, find_blocks
-from meshwright.compiler.capture import BATCH, capture
+from meshwright.compiler.capture import capture
 from meshwright.compiler.graph import Capture
+from meshwright.compiler.leaves import BATCH
 from meshwright.compiler.program import Lowered
 from meshwright.passes.axes import axes_of, pins_of
 from meshwright.passes.cost import prices

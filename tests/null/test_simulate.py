@@ -8,7 +8,8 @@ import torch
 
 from meshwright import Mesh, Plan
 from meshwright.compiler.blocks import find_blocks
-from meshwright.compiler.capture import BATCH, capture
+from meshwright.compiler.capture import capture
+from meshwright.compiler.leaves import BATCH
 from meshwright.compiler.precision import float64
 from meshwright.passes.axes import axes_of, pins_of
 from meshwright.passes.cost import prices

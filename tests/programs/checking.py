@@ -12,8 +12,9 @@ from torch import nn
 
 from meshwright import Mesh, Plan, PlanError
 from meshwright.compiler.blocks import find_blocks
-from meshwright.compiler.capture import BATCH, SEQUENCE, capture
+from meshwright.compiler.capture import capture
 from meshwright.compiler.check import check_request
+from meshwright.compiler.leaves import BATCH, SEQUENCE
 from meshwright.compiler.precision import float64
 from meshwright.passes.axes import axes_of, pins_of
 from meshwright.passes.cost import prices
