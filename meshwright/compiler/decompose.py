@@ -26,6 +26,8 @@ def _is_unknown(node: fx.Node, is_known: Known, views: bool) -> bool:
     target: Any = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or is_known(target):
         return False
+    if not any("Tensor" in str(result.type) for result in target._schema.returns):
+        return False  # a size, which the dispatcher does not know
     shares = any(result.alias_info is not None for result in target._schema.returns)
     return (views or not shares) and target._can_decompose()
 

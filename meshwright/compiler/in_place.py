@@ -61,5 +61,8 @@ _PARTS: Mapping[Any, Any] = {
     aten.split.Tensor: _slice,
     aten.split_with_sizes.default: _slice,
     aten.chunk.default: _slice,
+    aten.unsafe_split.Tensor: _slice,
+    aten.unsafe_split_with_sizes.default: _slice,
+    aten.unsafe_chunk.default: _slice,
     aten.unbind.int: _select,
 }

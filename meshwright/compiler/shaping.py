@@ -87,4 +87,5 @@ SHAPING: Mapping[Any, Rewrite] = {
     aten.repeat.default: _repeat,
     aten.reshape_as.default: _reshape,
     aten.view_as.default: _reshape,
+    aten._unsafe_view.default: _reshape,
 }

@@ -24,7 +24,7 @@ def _gathered(blocks: Blocks, axis: str) -> bool:
 
 
 def _weights(count: int) -> torch.Tensor:
-    return torch.linspace(0.5, 2.0, count)
+    return torch.linspace(0.5, 2.0, count, dtype=torch.float64)
 
 
 ALONE: Mapping[str, Run] = {
@@ -45,7 +45,7 @@ ALONE: Mapping[str, Run] = {
     "each smoothed label": lambda self, x: F.cross_entropy(
         self.up(x).mT,
         x.argmax(-1),
-        weight=_weights(8).to(x.dtype),
+        weight=_weights(8),
         ignore_index=2,
         reduction="none",
         label_smoothing=0.1,
@@ -61,7 +61,11 @@ ALONE: Mapping[str, Run] = {
         self.up(x), lambda y: y.__setitem__((slice(None), [0, 3]), x[:, :2])
     ),
     "index_add_": lambda self, x: _written(self.up(x), lambda y: y.index_add_(1, torch.tensor([0, 3]), x[:, :2])),
-    "lstm": lambda self, x: nn.functional.relu(self.rnn(self.up(x))[0]).pow(2),
+    "lstm": lambda self, x: torch.relu(self.rnn(self.up(x))[0]).pow(2),
+    "the last state of an lstm": lambda self, x: self.rnn(self.up(x))[1][1].pow(2),
+    "a cell of an lstm": lambda self, x: self.cell(self.up(x[:, 0]))[0].pow(2),
+    "matrix_power": lambda self, x: torch.linalg.matrix_power(self.up(x)[:, :, :6], 3),
+    "rsub": lambda self, x: torch.rsub(self.up(x), x).pow(2),
 }
 
 
@@ -73,7 +77,9 @@ def _written(x: torch.Tensor, write: Callable[[torch.Tensor], Any]) -> torch.Ten
 
 @pytest.mark.parametrize("name", ALONE)
 def test_samples_stay_apart(name: str) -> None:
-    members: dict[str, Any] = {"rnn": nn.LSTM(8, 6, 2, bidirectional=True, batch_first=True)} if name == "lstm" else {}
+    members: dict[str, Any] = {"cell": nn.LSTMCell(8, 8)} if name.startswith("a cell") else {}
+    if name.endswith("lstm") and not members:
+        members = {"rnn": nn.LSTM(8, 6, 2, bidirectional=True, batch_first=True)}
     model = Model(lambda self, x: ALONE[name](self, x).sum(), up=nn.Linear(8, 8), **members)
     assert not _gathered(check_exact(model, (X,), dp=2, tp=2), "dp")
 
@@ -84,6 +90,17 @@ def test_the_diagonal_of_a_matrix_is_filled() -> None:
         return (y.mT @ y).fill_diagonal_(0.5).pow(2).sum()
 
     check_exact(Model(run, up=nn.Linear(8, 8)), (X,), dp=2, tp=2)
+
+
+def test_sizes_that_are_alike_for_some_batches_only_are_no_broadcast() -> None:
+    """Frames of a signal have a size that is the batch's, though it is not written so: it was taken for a size of 1."""
+    model = Model(
+        lambda self, x: torch.stft(
+            self.up(x).flatten(1), 8, 4, window=torch.ones(8, dtype=x.dtype), return_complex=True
+        ).abs().sum(),
+        up=nn.Linear(8, 8),
+    )  # fmt: skip
+    check_exact(model, (X,), dp=2)
 
 
 # Embedding bags

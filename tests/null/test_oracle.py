@@ -57,7 +57,7 @@ WIDER: dict[Any, str] = {
         (
             aten.max.default, aten.min.default, aten.amax.default, aten.amin.default, aten.all.default, aten.all.dim,
             aten.any.default, aten.any.dim, aten.prod.default, aten.prod.dim_int, aten.linalg_vector_norm.default,
-            aten.norm.ScalarOpt_dim, aten.dist.default, aten.aminmax.default,
+            aten.norm.ScalarOpt_dim, aten.aminmax.default,
         ),
         "what is pending over the ranks is no sum of numbers: a maximum, a product, a norm; no type of ours says that",
     ),

@@ -173,7 +173,8 @@ def _index(call: Call) -> Factors | None:
         sizes = [shape[place] if place >= 0 else 1 for shape, place in zip(shapes, places, strict=True)]
         size = next((size for size in sizes if size != 1), 1)
         here = tuple(Place(p) if p >= 0 and s == size else None for p, s in zip(places, sizes, strict=True))
-        factors.append(Factor(size=size, operands=(None, *here), results=(Place(start + position),), whole=size == 1))
+        whole = size == 1 or any(s not in (1, size) for s in sizes)
+        factors.append(Factor(size=size, operands=(None, *here), results=(Place(start + position),), whole=whole))
     kept = [dim for dim in range(len(source.shape)) if dim not in at]
     for number, dim in enumerate(kept):
         place = Place(number + width if number >= start else number)

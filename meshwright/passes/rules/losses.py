@@ -33,7 +33,8 @@ def _elementwise(call: Call) -> Factors:
         sizes = [value.shape[p] if p >= 0 else 1 for value, p in zip(values, places, strict=True)]
         size = next((size for size in sizes if size != 1), 1)
         here = tuple(Place(p) if p >= 0 and s == size else None for p, s in zip(places, sizes, strict=True))
-        factors.append(Factor(size=size, operands=here, results=(None,), whole=size == 1, mean=reduction == MEAN))
+        whole = size == 1 or any(s not in (1, size) for s in sizes)
+        factors.append(Factor(size=size, operands=here, results=(None,), whole=whole, mean=reduction == MEAN))
     return Factors(factors=tuple(factors))
 
 

@@ -24,11 +24,13 @@ def pointwise(call: Call) -> Factors:
     operands = [value for value in call.operands if value is not None]
     factors = []
     for dim, size in enumerate(shape):
-        places = []
+        places, alike = [], True
         for value in operands:
             here = dim - (ndim - len(value.shape))
             places.append(Place(here) if here >= 0 and value.shape[here] == size else None)
-        factors.append(Factor(size=size, operands=tuple(places), results=(Place(dim),) * count, whole=size == 1))
+            alike = alike and (here < 0 or value.shape[here] in (1, size))  # else equal for some batches only
+        whole = size == 1 or not alike
+        factors.append(Factor(size=size, operands=tuple(places), results=(Place(dim),) * count, whole=whole))
     return Factors(factors=tuple(factors), linear=_linear(call))
 
 
@@ -76,6 +78,7 @@ POINTWISE: Rules = {
     aten.where.ScalarOther: pointwise,
     aten.floor_divide.default: pointwise,
     aten.floor_divide.Scalar: pointwise,
+    aten.rsub.Tensor: pointwise,
     aten.hardswish.default: pointwise,
     aten.log_sigmoid.default: pointwise,
     aten._prelu_kernel.default: pointwise,

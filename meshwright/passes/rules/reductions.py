@@ -125,7 +125,6 @@ REDUCTIONS: Rules = {
             aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim,
             aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
             aten.var_mean.correction, aten.std_mean.correction, aten.median.default, aten.nanmedian.default,
-            aten.dist.default,
         ),
         _reduce_whole,
     ),

@@ -23,7 +23,8 @@ def _expand(call: Call) -> Factors:
     for dim, size in enumerate(result.shape):
         old = source.shape[dim - shift] if dim >= shift else 1
         place = Place(dim - shift) if dim >= shift and old == size else None
-        factors.append(Factor(size=size, operands=(place,), results=(Place(dim),), whole=size == 1))
+        whole = size == 1 or old not in (1, size)
+        factors.append(Factor(size=size, operands=(place,), results=(Place(dim),), whole=whole))
     return Factors(factors=tuple(factors), linear=(frozenset({0}),))
 
 
