@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._sympy.functions import Max, Min
 
 from meshwright.compiler.errors import PlanError, UnsupportedError
 from meshwright.compiler.frames import keep_all_frames, raised_at
@@ -123,8 +124,19 @@ def _assumed(exported: ExportedProgram, leaves: tuple[Any, ...], batch_size: int
         found = condition.node.expr if isinstance(condition, torch.SymBool) else None
         if isinstance(found, sympy.Eq) and not found.free_symbols.isdisjoint(renaming):
             left, right = (side.xreplace(renaming) for side in found.args)
-            return f"the model needs {left} to be {right}"
+            if not always_equal(left, right):
+                return f"the model needs {left} to be {right}"
     return None
+
+
+def always_equal(left: sympy.Expr, right: sympy.Expr) -> bool:
+    """Whether two sizes are one for all sizes from 1, as ``Min(32, 384*B)`` and 32 are."""
+    from_one = {
+        symbol: 1 + sympy.Symbol(symbol.name, nonnegative=True, integer=True)
+        for symbol in left.free_symbols | right.free_symbols
+    }
+    difference = (left - right).subs(from_one).replace(Max, sympy.Max).replace(Min, sympy.Min)
+    return bool(sympy.expand(difference) == 0)
 
 
 def symbols_of(exported: ExportedProgram, leaves: tuple[Any, ...], batch_size: int) -> dict[sympy.Symbol, sympy.Symbol]:

@@ -117,7 +117,8 @@ class Pool:
 
         Raises Failed with the first failure, or when a worker died or time is up.
         """
-        with tempfile.TemporaryDirectory() as directory:
+        # A worker takes down its store after it has answered, and may leave something there meanwhile.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
             task = pickle.dumps((str(Path(directory) / "store"), ranks, name, tuple(args)))
             for index in range(ranks):
                 if index not in self.workers:

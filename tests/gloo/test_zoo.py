@@ -6,16 +6,11 @@ from tests.gloo.outcomes import outcome, trained
 from tests.gloo.pool import OneProcess
 
 CASES = [
-    ("BloomForCausalLM", "pp2"),
     ("DeepseekV3ForCausalLM", "3D zero1"),
     ("Qwen2MoeForCausalLM", "dp2"),
     ("MambaForCausalLM", "tp2"),
-    ("GPT2ForSequenceClassification", "pp2"),
     ("BertForMultipleChoice", "3D zero3"),
     ("T5ForConditionalGeneration", "pp2"),
-    ("BartForConditionalGeneration", "3D zero1"),
-    ("ViTForMaskedImageModeling", "dp2"),
-    ("SwinForImageClassification", "dp2"),
     ("WhisperForConditionalGeneration", "pp2"),
     ("Wav2Vec2ForSequenceClassification", "dp2"),
     ("CLIPModel", "3D zero3"),

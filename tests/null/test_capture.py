@@ -3,11 +3,14 @@
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import nn
+from torch.utils._sympy.functions import Min
 
 from meshwright import PlanError, UnsupportedError
 from meshwright.compiler.capture import capture
+from meshwright.compiler.exporting import always_equal
 from meshwright.compiler.graph import Capture
 from meshwright.compiler.text import function_text
 from tests.null.passes import Model, captured, parameter, same
@@ -239,3 +242,10 @@ def test_control_flow_on_data() -> None:
     place = r"test_capture.py:\d+ in <lambda>"
     with pytest.raises(UnsupportedError, match=f"^the model's control flow depends on its data at {place}: "):
         captured(model, X)
+
+
+def test_sizes_that_are_one_for_every_batch_are_not_fixed() -> None:
+    batch = sympy.Symbol("B", positive=True, integer=True)
+    assert always_equal(batch * Min(32, 384 * batch), 32 * batch)
+    assert not always_equal(batch * Min(32, 4 * batch), 32 * batch)
+    assert not always_equal(4 * batch, batch * sympy.Symbol("T", positive=True, integer=True))

@@ -51,9 +51,7 @@ CASES: Mapping[str, Callable[[], Case]] = {
 }
 ZOO = [
     ("GPT2LMHeadModel", "3D zero1"),
-    ("Olmo2ForCausalLM", "3D zero3"),
     ("MixtralForCausalLM", "tp2"),
-    ("BertForMaskedLM", "3D zero1"),
     ("SwinForImageClassification", "3D zero1"),
     ("WhisperForConditionalGeneration", "tp2"),
     ("ResNetForImageClassification", "3D zero1"),
