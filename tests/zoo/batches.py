@@ -46,6 +46,12 @@ def _seq2seq_begun(size: int, generator: torch.Generator) -> Batch:
     return batch
 
 
+def _seq2seq_masked(size: int, generator: torch.Generator) -> Batch:
+    """Masks that a model makes by itself, but not where it is exported."""
+    batch = _masked(size, generator)
+    return {**batch, "decoder_attention_mask": torch.ones_like(batch["attention_mask"])}
+
+
 def _ended_classes(size: int, generator: torch.Generator) -> Batch:
     tokens = _tokens(size, generator)
     tokens[:, -1] = 2
@@ -102,6 +108,7 @@ BATCHES: Mapping[str, Make] = {
     "masked": _masked,
     "seq2seq": _causal,
     "seq2seq_begun": _seq2seq_begun,
+    "seq2seq_masked": _seq2seq_masked,
     "classes": _made(input_ids=_tokens, labels=_classes),
     "ended_classes": _ended_classes,
     "token_classes": _made(input_ids=_tokens, labels=_places(CLASSES, LENGTH)),

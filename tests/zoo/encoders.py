@@ -79,6 +79,6 @@ ENCODER_DECODERS: Mapping[str, Entry] = {
         "SwitchTransformersConfig",
         {**_T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
          "expert_capacity": 64},
-        "seq2seq",
+        "seq2seq_masked",
     ),
 }  # fmt: skip
