@@ -28,6 +28,7 @@ from meshwright.passes.partition import partition
 from meshwright.passes.propagate import factor, propagate
 from meshwright.passes.reshard import reshard
 from meshwright.passes.rules import DEFAULT_RULES, Rules, by_overload, is_pointwise
+from meshwright.passes.schedules.planned import planned
 from meshwright.passes.verify import verify
 
 Progress = Callable[[str, float], None]
@@ -88,6 +89,7 @@ def compile_parallel(
     """
     mesh, plan, rules = Mesh.of(mesh), plan or Plan(), by_overload(rules)
     with _timed(progress) as done:
+        pipeline = planned(plan, mesh.size("pp"))  # before work is spent on what no schedule can run
         batch = example_of(model, example_inputs, mesh, plan)
         captured = capture(
             model,
@@ -110,10 +112,10 @@ def compile_parallel(
         done("propagate")
         typed = reshard(blocks, typings)  # before the cut: an edge has the types of its value
         done("reshard")
-        parts = partition(typed, mesh.size("pp"), plan.split, priced)
+        parts = partition(typed, pipeline.num_stages, plan.split, priced)
         done("partition")
         unruled = without_rule(typed, rules, dict(mesh.axes), captured.symbols)  # the conversions are known now
-        lowered = lower(captured, typed, parts, mesh, plan, (*kept_in_eval(captured), *unruled))
+        lowered = lower(captured, typed, parts, mesh, plan, pipeline, (*kept_in_eval(captured), *unruled))
         for line in lowered.warnings:
             warnings.warn(line, stacklevel=2)
         done("lower")

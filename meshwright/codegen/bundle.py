@@ -4,14 +4,17 @@ or not.
 
 import ast
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from meshwright.codegen.emit import digest
 from meshwright.compiler.errors import BundleError
+from meshwright.compiler.plan import SCHEDULES
 from meshwright.passes.prove import prove
 from meshwright.passes.schedules import Edge
-from meshwright.runtime.actions import Action, forwards, parse, to_ranks
+from meshwright.runtime.actions import forwards, parse
+from meshwright.runtime.groups import coordinates_of, placement_of
 from meshwright.runtime.layout import parse as parse_type
 from meshwright.runtime.manifest import actions_of, load_manifest
 
@@ -117,31 +120,32 @@ def _check_edges(manifest: Mapping[str, Any]) -> None:
 
 
 def _check_schedules(directory: Path, manifest: Mapping[str, Any]) -> int:
-    """The schedule of the stages is proven, and every rank file says the same."""
-    rows: list[tuple[Action, ...]] = []
-    for index, stage in enumerate(manifest["stages"]):
-        try:
-            rows.append(parse(stage["schedule"], "stage"))
-        except ValueError as error:
-            raise BundleError(f"the schedule of stage {index} cannot be read: {error}") from error
+    """The schedule is proven, and every rank file says the same."""
+    try:
+        rows = [parse(text, "stage") for text in manifest["schedule"]]
+    except ValueError as error:
+        raise BundleError(f"the schedule cannot be read: {error}") from error
     edges: list[Edge] = [
         (source, to, edge["requires_grad"])
         for source, stage in enumerate(manifest["stages"])
         for edge in stage["sends"].values()
         for to in edge["to"]
     ]
-    number = manifest["plan"]["microbatches"]
-    prove(rows, num_microbatches=number, edges=edges, error=BundleError)
-    prove(list(map(forwards, rows)), num_microbatches=number, edges=edges, forward_only=True, error=BundleError)
+    proven = partial(
+        prove,
+        num_microbatches=manifest["plan"]["microbatches"],
+        edges=edges,
+        placement=placement_of(manifest),
+        ascending=manifest["plan"]["schedule"] in SCHEDULES,
+        error=BundleError,
+    )
+    proven(rows)
+    proven(list(map(forwards, rows)), forward_only=True)
     files = sorted((directory / "ranks").glob("rank_*.py"))
     for path in files:
         rank = int(path.stem.removeprefix("rank_"))
-        stage, actions = actions_of(directory, manifest, rank)
-        own = manifest["stages"][stage]["ranks"]
-        if rank not in own:
-            raise BundleError(f"{path} is of stage {stage}, whose ranks are {own}")
-        position = own.index(rank)
-        expected = to_ranks(rows[stage], [s["ranks"][position] for s in manifest["stages"]])
-        if actions != expected:
-            raise BundleError(f"{path} has another schedule than stage {stage} in the manifest")
+        _, actions = actions_of(directory, manifest, rank)
+        place = coordinates_of(manifest["mesh"], rank).get("pp", 0)
+        if actions != rows[place]:
+            raise BundleError(f"{path} has another schedule than the manifest has for pipeline rank {place}")
     return len(files)

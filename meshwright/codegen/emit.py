@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from meshwright.codegen.edges import edge_names
 from meshwright.codegen.manifest import manifest_of
 from meshwright.codegen.stages import stage_view
 from meshwright.codegen.weights import write_weights
+from meshwright.codegen.wording import wrapped
 from meshwright.compiler.errors import PlanError
 from meshwright.compiler.program import Lowered
-from meshwright.runtime.actions import render, to_ranks
+from meshwright.runtime.actions import KINDS, Action, Peers, peers_of, render, to_ranks
 
 MAX_RANK_FILES = 1024
 
@@ -136,7 +138,7 @@ def _json(manifest: Mapping[str, Any]) -> str:
 def _ranks(lowered: Lowered, ranks: Iterable[int] | None) -> list[int]:
     count = lowered.mesh.num_ranks
     if ranks is None:
-        return list(range(count)) if count <= MAX_RANK_FILES else [stage.ranks[0] for stage in lowered.stages]
+        return list(range(count)) if count <= MAX_RANK_FILES else _roles(lowered)
     chosen = list(ranks)
     for rank in chosen:
         if not 0 <= rank < count:
@@ -144,29 +146,60 @@ def _ranks(lowered: Lowered, ranks: Iterable[int] | None) -> list[int]:
     return chosen
 
 
+def _roles(lowered: Lowered) -> list[int]:
+    """One rank of every pipeline rank."""
+    return [lowered.mesh.rank({"pp": place}) for place in range(lowered.mesh.size("pp"))]
+
+
 def _rank(lowered: Lowered, rank: int) -> dict[str, Any]:
-    mesh = lowered.mesh
+    mesh, placement = lowered.mesh, lowered.step.placement
     at = mesh.coordinates(rank)
-    stage = lowered.stages[at.get("pp", 0)]
-    rank_of_stage = [mesh.rank({**at, "pp": k}) for k in range(len(lowered.stages))]
-    actions = to_ranks(stage.schedule, rank_of_stage)
-    sends = next((a for a in actions if a.sends), None)
-    receives = next((a for a in actions if a.receives), None)
-    arrows = ""
-    if sends is not None:
-        arrows += f"; {render([sends])} sends the result to rank {sends.sends[0]}"
-    if receives is not None:
-        arrows += f"; {render([receives])} first receives from rank {receives.receives[0]}"
+    stages = [stage for stage, place in enumerate(placement) if place == at.get("pp", 0)]
+    peers = [mesh.rank({**at, "pp": place}) for place in placement]
+    actions, kind = lowered.step.rows[at.get("pp", 0)], peers_of(stages)
+    if kind == "rank":
+        actions = to_ranks(actions, peers)
     return {
         "rank": rank,
         "num_ranks": mesh.num_ranks,
-        "stage": stage.index,
+        "stages": stages,
         "num_stages": len(lowered.stages),
         "coordinates": list(at.items()),
         "groups": [(axis, mesh.group(rank, axis)) for axis in at],
-        "schedule": _schedule_lines(render(actions)),
-        "arrows": arrows,
+        "schedule": _schedule_lines(render(actions, kind)),
+        "legend": wrapped(_legend(actions, kind, peers)),
     }
+
+
+def _legend(actions: Sequence[Action], kind: Peers, peers: Sequence[int]) -> str:
+    """What the schedule says, by its own actions."""
+    forward = next(action for action in actions if action.kind == "F" and action.runs)
+    kinds = {action.kind: action for action in reversed(actions) if action.stage == forward.stage}
+    shown = [f"{forward.name} runs the forward of {_what(forward)}"]
+    shown += [f"{kinds[each].name} its {KINDS[each]}" for each in ("B", "I", "W") if each in kinds]
+    lines = [", ".join(shown)]
+    sending = next((a for a in actions if a.sends), None)
+    receiving = next((a for a in actions if a.receives and a.runs), None)
+    early = next((a for a in actions if a.receives and not a.runs), None)
+    if sending is not None:
+        one = render([replace(sending, sends=sending.sends[:1])], kind)
+        lines.append(f"{one} sends the result to {_peer(sending.sends[0], kind, peers)}")
+    if receiving is not None:
+        one = render([replace(receiving, receives=receiving.receives[:1], sends=())], kind)
+        lines.append(f"{one} first receives from {_peer(receiving.receives[0], kind, peers)}")
+    if early is not None:
+        one = render([early], kind)
+        lines.append(f"{one} begins to receive from {_peer(early.receives[0], kind, peers)} what {early.name} takes")
+    starts = ". A send and the receive that follows it start together." if len(lines) > 1 else "."
+    return "; ".join(lines) + starts
+
+
+def _what(action: Action) -> str:
+    return f"microbatch {action.microbatch}" + ("" if action.stage is None else f" through stage {action.stage}")
+
+
+def _peer(number: int, kind: Peers, peers: Sequence[int]) -> str:
+    return f"rank {number}" if kind == "rank" else f"stage {number} on rank {peers[number]}"
 
 
 def _schedule_lines(text: str, width: int = 100) -> list[str]:

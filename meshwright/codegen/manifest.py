@@ -13,7 +13,7 @@ from meshwright.compiler.types import Held, I, Size
 from meshwright.passes.reshard import conversion_of
 from meshwright.runtime.actions import render
 
-FORMAT = 1
+FORMAT = 2
 
 
 def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
         "mesh": dict(lowered.mesh.axes),
         "plan": {
             "microbatches": lowered.microbatches,
-            "schedule": plan.schedule,
+            "schedule": plan.schedule_name,
             "zero": plan.zero,
             "sequence_parallel": plan.sequence_parallel,
             "recompute": plan.recompute,
@@ -51,6 +51,7 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
         },
         "loss": {"stage": last, "types": _types(lowered.loss, axes_of(lowered))},
         "stages": [_stage(lowered, stage, edges) for stage in lowered.stages],
+        "schedule": [render(row, "stage") for row in lowered.step.rows],
         "buffers": {
             **{name: _buffer(kept.buffer, kept) for name, kept in lowered.buffers.items()},
             **{name: _buffer(b) for name, b in lowered.capture.buffers.items() if name not in lowered.buffers},
@@ -87,7 +88,6 @@ def _stage(lowered: Lowered, stage: Stage, edges: Mapping[str, str]) -> dict[str
         "prepares": list(stage.prepares),
         "receives": {edges[e.name]: edge(e, **{"from": e.source}) for e in stage.receives},
         "sends": {edges[e.name]: edge(e, to=list(e.destinations)) for e in stage.sends},
-        "schedule": render(stage.schedule, "stage"),
     }
 
 

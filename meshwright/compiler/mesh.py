@@ -75,6 +75,6 @@ class Mesh:
         here = self.coordinates(rank)
         return tuple(self.rank({**here, axis: index}) for index in range(self.size(axis)))
 
-    def stage_ranks(self, stage: int) -> tuple[int, ...]:
-        """All ranks of pipeline rank ``stage``, in order."""
-        return tuple(rank for rank in range(self.num_ranks) if self.coordinates(rank).get("pp", 0) == stage)
+    def pipeline_ranks(self, index: int) -> tuple[int, ...]:
+        """All ranks whose place in the pipeline is ``index``, in order."""
+        return tuple(rank for rank in range(self.num_ranks) if self.coordinates(rank).get("pp", 0) == index)

@@ -1,8 +1,9 @@
 """What the user decides about the parallel program; every choice has a default."""
 
 import dataclasses
+import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +11,19 @@ from meshwright.compiler.errors import PlanError, UnsupportedError
 from meshwright.compiler.mesh import AXES
 from meshwright.compiler.types import Type, parse_type
 
-SCHEDULES = ("gpipe", "1f1b")
+SCHEDULES = (
+    "gpipe",
+    "1f1b",
+    "interleaved",
+    "looped-bfs",
+    "zb-h1",
+    "zb-h2",
+    "interleaved-zb",
+    "zbv",
+    "dualpipe-v",
+    "v-half",
+    "v-min",
+)
 RANDOM = ("fast", "exact")
 BATCH_STATISTICS = ("batch", "microbatch")
 
@@ -21,8 +34,12 @@ class Plan:
 
     zero: 0 keeps everything whole on every dp rank; 1 splits the optimizer state; 2 the gradients too; 3 the
     parameters too.
-    microbatches: pieces that a step's batch is cut into in time; None: 1 without pipeline, else the number of stages.
-    schedule: order of forwards and backwards over the pipeline: "gpipe" or "1f1b".
+    microbatches: pieces that a step's batch is cut into in time; None: as many as the pipeline has ranks.
+    schedule: order of forwards and backwards over the pipeline: one of ``SCHEDULES``; or a user's own, as the path of a
+    .csv in the format of torch.distributed.pipelining, or as a function from a ``passes.schedules.Pipeline`` to what
+    each of its ranks computes, in order. Whatever it is, it is proven before it is used.
+    stages_per_rank: how many stages ("chunks", "virtual stages") every pipeline rank runs; None: as the schedule does,
+    2 where it runs any number of them. Which stages a rank runs follows from the schedule.
     split: names of the modules where the 2nd, 3rd, ... stage begins; None: balanced by modelled time.
     sequence_parallel: True lets the tensor axis split the sequence where activations would be whole on it.
     recompute: "none".
@@ -38,7 +55,8 @@ class Plan:
 
     zero: int = 0
     microbatches: int | None = None
-    schedule: str = "1f1b"
+    schedule: str | Callable[[Any], Any] = "1f1b"
+    stages_per_rank: int | None = None
     split: tuple[str, ...] | None = None
     sequence_parallel: bool = False
     recompute: str = "none"
@@ -53,8 +71,15 @@ class Plan:
             raise PlanError(f"zero={self.zero!r}: the stages of ZeRO are 0, 1, 2 and 3")
         if self.microbatches is not None and (not isinstance(self.microbatches, int) or self.microbatches < 1):
             raise PlanError(f"microbatches={self.microbatches!r}: a whole number from 1, or None")
-        if self.schedule not in SCHEDULES:
-            raise PlanError(f"unknown schedule {self.schedule!r}: the schedules are {', '.join(SCHEDULES)}")
+        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES and not self.schedule.endswith(".csv"):
+            near = difflib.get_close_matches(self.schedule.lower(), SCHEDULES, n=1)
+            hint = f"\n  did you mean {near[0]!r}?" if near else ""
+            raise PlanError(
+                f"unknown schedule {self.schedule!r}: the schedules are {', '.join(SCHEDULES)}, a .csv file or a "
+                f"function{hint}"
+            )
+        if self.stages_per_rank is not None and (not isinstance(self.stages_per_rank, int) or self.stages_per_rank < 1):
+            raise PlanError(f"stages_per_rank={self.stages_per_rank!r}: a whole number from 1, or None")
         if self.split is not None:
             if isinstance(self.split, str):
                 raise PlanError(f"split={self.split!r}: a list of module names, one for each stage after the first")
@@ -86,9 +111,14 @@ class Plan:
                 raise PlanError(f"unknown choice {name!r} in the plan: the choices are {', '.join(sorted(known))}")
         return Plan(**choices)
 
-    def num_microbatches(self, num_stages: int) -> int:
-        """Microbatches of a step on a pipeline of ``num_stages``."""
-        return self.microbatches or (1 if num_stages == 1 else num_stages)
+    @property
+    def schedule_name(self) -> str:
+        """The schedule as text: its name, its file, or the name of the function."""
+        return self.schedule if isinstance(self.schedule, str) else getattr(self.schedule, "__name__", "function")
+
+    def num_microbatches(self, num_ranks: int) -> int:
+        """Microbatches of a step on a pipeline of ``num_ranks``."""
+        return self.microbatches or num_ranks
 
     def pinned(self, names: tuple[str, ...], axis: str) -> tuple[str, Type] | None:
         """The pattern and the type that pin a parameter (by any of its ``names``) on ``axis``, or None.

@@ -54,13 +54,11 @@ class Edge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What the ranks of one pipeline stage run.
+    """What the ranks that run a pipeline stage do for it.
 
     function: placeholders are batch inputs, received edges and prepared values by name; its results are what it
-    sends, in
-        the order of ``sends``, or the loss on the last stage.
+    sends, in the order of ``sends``, or the loss on the last stage.
     prepare: None, or the function run once per step on the replica's whole batch, with results named ``prepares``.
-    schedule: the actions of a step, peers as stages.
     """
 
     index: int
@@ -71,7 +69,19 @@ class Stage:
     sends: tuple[Edge, ...]
     prepare: Function | None
     prepares: tuple[str, ...]
-    schedule: tuple[Action, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The schedule of a step.
+
+    placement: the pipeline rank of every stage. rows: the actions of every pipeline rank, peers as stages. peaks: the
+    most microbatches' chunks that it declares to keep alive on every pipeline rank; None where it declares nothing.
+    """
+
+    placement: tuple[int, ...]
+    rows: tuple[tuple[Action, ...], ...]
+    peaks: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +98,7 @@ class Lowered:
     microbatches: int
     blocks: Mapping[str, Block]
     stages: tuple[Stage, ...]
+    step: Step
     parameters: Mapping[str, Placed]
     buffers: Mapping[str, Kept]
     random: Mapping[str, Drawn]

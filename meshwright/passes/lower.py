@@ -12,23 +12,29 @@ from meshwright.compiler.errors import InternalError, PlanError, UnsupportedErro
 from meshwright.compiler.graph import Capture, Function, Value
 from meshwright.compiler.mesh import MICROBATCH_AXIS, Mesh
 from meshwright.compiler.plan import Plan
-from meshwright.compiler.program import Edge, Kept, Lowered, Placed, Stage
+from meshwright.compiler.program import Edge, Kept, Lowered, Placed, Stage, Step
 from meshwright.compiler.types import Held, I, R, S, Type
 from meshwright.compiler.written import is_writer, writes
 from meshwright.passes.drawn import drawn
 from meshwright.passes.partition import Partition
-from meshwright.passes.schedules import Pipeline, Schedule, schedule
+from meshwright.passes.schedules import Pipeline
+from meshwright.passes.schedules.planned import Planned
 from meshwright.runtime.collectives import all_reduce, part_of_mean
 
 aten = torch.ops.aten
 
 
 def lower(
-    capture: Capture, blocks: Blocks, parts: Partition, mesh: Mesh, plan: Plan, warnings: tuple[str, ...] = ()
+    capture: Capture,
+    blocks: Blocks,
+    parts: Partition,
+    mesh: Mesh,
+    plan: Plan,
+    pipeline: Planned,
+    warnings: tuple[str, ...] = (),
 ) -> Lowered:
     """Everything that the emitted files say. ``warnings`` are shown by explain()."""
-    num_stages = mesh.size("pp")
-    microbatches = plan.num_microbatches(num_stages)
+    num_stages = pipeline.num_stages
     loss = blocks.main.results()[0]
     cutters = [_Cutter(blocks, parts, k, loss) for k in range(num_stages)]
     _place_stores(blocks.main, parts, cutters)
@@ -39,18 +45,19 @@ def lower(
         for k, cutter in enumerate(cutters)
     ]
     pairs = [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
-    step = schedule(plan.schedule, Pipeline.of(num_ranks=num_stages, num_microbatches=microbatches, edges=pairs))
+    made = pipeline.make(
+        Pipeline.of(pipeline.num_ranks, pipeline.num_microbatches, pipeline.num_chunks, edges=pairs),
+    )
     stages = tuple(
         Stage(
             index=k,
-            ranks=mesh.stage_ranks(k),
+            ranks=mesh.pipeline_ranks(made.placement[k]),
             function=functions[k][0],
             inputs=tuple(i.name for i in capture.inputs if i.name in functions[k][2]),
             receives=tuple(e for e in edges if k in e.destinations),
             sends=tuple(e for e in edges if e.source == k),
             prepare=functions[k][1],
             prepares=tuple(cutter.prepared.values()),
-            schedule=step.rows[k],
         )
         for k, cutter in enumerate(cutters)
     )
@@ -61,27 +68,15 @@ def lower(
         capture=capture,
         mesh=mesh,
         plan=plan,
-        microbatches=microbatches,
+        microbatches=pipeline.num_microbatches,
         blocks={instance: block for block in blocks.blocks for instance in block.instances},
         stages=stages,
+        step=Step(placement=tuple(made.placement), rows=made.rows, peaks=made.peaks),
         parameters=parameters,
         buffers=buffers,
         random=random,
         loss=blocks.main.values[loss],
-        warnings=(*warnings, *_held_back(step, edges)),
-    )
-
-
-def _held_back(step: Schedule, edges: tuple[Edge, ...]) -> tuple[str, ...]:
-    """A line where values that skip stages make the schedule slower than it is in a chain."""
-    if step.peaks == schedule(step.name, replace(step.pipeline, edges=())).peaks:
-        return ()
-    skips = [(e, d) for e in edges for d in e.destinations if e.value.grad and d - e.source > 1]
-    edge, last = max(skips, key=lambda skip: skip[1] - skip[0].source)
-    return (
-        f"{edge.name!r} goes from stage {edge.source} to stage {last} and its gradient back: schedule={step.name!r} "
-        "waits for it and is slower than in a chain\n"
-        "  use 'gpipe', or a split that keeps the value within two stages",
+        warnings=warnings,
     )
 
 

@@ -51,8 +51,8 @@ def partition(blocks: Blocks, num_stages: int, split: tuple[str, ...] | None, pr
         allowed = _boundaries(main, units)
         if len(allowed) < num_stages - 1:
             raise PlanError(
-                f"pp={num_stages} asks for {num_stages} stages, but the model has {len(allowed)} places to "
-                f"cut it\n  use a smaller pp"
+                f"the plan asks for {num_stages} stages, but the model has {len(allowed)} places to cut it\n"
+                "  use a smaller pp, or fewer stages per rank"
             )
         cuts = _balance(times, allowed, num_stages)
     edges = [0, *cuts, len(units)]

@@ -1,9 +1,12 @@
 """Verify: the types of a program checked anew, operator by operator, apart from the solver that chose them."""
 
+from functools import partial
+
 from torch import fx
 
-from meshwright.compiler.errors import InternalError
+from meshwright.compiler.errors import InternalError, PlanError
 from meshwright.compiler.graph import Function
+from meshwright.compiler.plan import SCHEDULES
 from meshwright.compiler.program import Lowered
 from meshwright.compiler.types import I, R, Type
 from meshwright.passes.cost import is_conversion
@@ -11,12 +14,13 @@ from meshwright.passes.prove import prove
 from meshwright.passes.reshard import conversion, conversion_of
 from meshwright.passes.rows import factors_by_node, operands, results, rows_of
 from meshwright.passes.rules import Rules
-from meshwright.passes.schedules import ALGORITHMS, Pipeline
 from meshwright.runtime.actions import forwards
 
 
 def verify(lowered: Lowered, rules: Rules) -> None:
-    """Prove types and schedule. Raises InternalError with the node or the action that does not fit."""
+    """Prove types and schedule. Raises InternalError with the node or the action that does not fit, PlanError for an
+    action of a user's own schedule.
+    """
     sizes = {axis: size for axis, size in lowered.mesh.axes if axis != "pp" and size > 1}
     blocks = {block.name: block for block in lowered.blocks.values()}
     for stage in lowered.stages:
@@ -28,10 +32,17 @@ def verify(lowered: Lowered, rules: Rules) -> None:
             if node.op == "call_module":
                 _check_call(stage.function, node, lowered.blocks[str(node.target)].function, sizes)
     edges = [(e.source, d, e.value.grad) for stage in lowered.stages for e in stage.sends for d in e.destinations]
-    pipeline = Pipeline.of(num_ranks=len(lowered.stages), num_microbatches=lowered.microbatches, edges=edges)
-    rows, number = [stage.schedule for stage in lowered.stages], lowered.microbatches
-    prove(rows, num_microbatches=number, edges=edges, peaks=ALGORITHMS[lowered.plan.schedule].peaks(pipeline))
-    prove(list(map(forwards, rows)), num_microbatches=number, edges=edges, forward_only=True)
+    step, own = lowered.step, lowered.plan.schedule in SCHEDULES
+    proven = partial(
+        prove,
+        num_microbatches=lowered.microbatches,
+        edges=edges,
+        placement=step.placement,
+        ascending=own,
+        error=InternalError if own else PlanError,
+    )
+    proven(step.rows, peaks=step.peaks)
+    proven(list(map(forwards, step.rows)), forward_only=True)
 
 
 def _check(function: Function, sizes: dict[str, int], rules: Rules, where: str) -> None:

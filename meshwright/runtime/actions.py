@@ -26,6 +26,7 @@ KINDS: Mapping[Kind, str] = {
     "W": "backward for the weights",
 }
 PREFIX: Mapping[Peers, str] = {"rank": "", "stage": "s"}
+OTHER: Mapping[Peers, Peers] = {"rank": "stage", "stage": "rank"}
 NUMBER = "(?:0|[1-9][0-9]*)"
 
 
@@ -117,19 +118,30 @@ def render(actions: Iterable[Action], peers: Peers = "rank") -> str:
     return "  ".join(map(one, actions))
 
 
+def peers_of(stages: Sequence[int]) -> Peers:
+    """How the schedule of a rank that runs these stages names its peers: as stages where it runs several, because then
+    a rank may send several values to a stage.
+    """
+    return "rank" if len(stages) == 1 else "stage"
+
+
 def to_ranks(actions: Iterable[Action], rank_of_stage: Mapping[int, int] | Sequence[int]) -> tuple[Action, ...]:
     """The same actions with peers as ranks. Raises ValueError for a stage that ``rank_of_stage`` does not have."""
 
-    def translate(action: Action, stages: tuple[int, ...]) -> tuple[int, ...]:
-        try:
-            return tuple(rank_of_stage[stage] for stage in stages)
-        except LookupError:
-            raise ValueError(f"{render([action], 'stage')} names a stage without a rank") from None
+    return tuple(_with_peers(action, rank_of_stage, "stage") for action in actions)
 
-    return tuple(
-        dataclasses.replace(action, receives=translate(action, action.receives), sends=translate(action, action.sends))
-        for action in actions
-    )
+
+def to_stages(actions: Iterable[Action], stage_of_rank: Mapping[int, int]) -> tuple[Action, ...]:
+    """The inverse of ``to_ranks`` where every rank runs one stage. Raises ValueError for a rank without one."""
+    return tuple(_with_peers(action, stage_of_rank, "rank") for action in actions)
+
+
+def _with_peers(action: Action, other: Mapping[int, int] | Sequence[int], peers: Peers) -> Action:
+    try:
+        receives, sends = ([other[peer] for peer in some] for some in (action.receives, action.sends))
+    except LookupError:
+        raise ValueError(f"{render([action], peers)} names a {peers} without a {OTHER[peers]}") from None
+    return dataclasses.replace(action, receives=tuple(receives), sends=tuple(sends))
 
 
 def forwards(actions: Iterable[Action]) -> tuple[Action, ...]:

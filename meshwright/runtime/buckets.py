@@ -10,7 +10,7 @@ from torch import nn
 from meshwright.runtime.errors import BundleError
 from meshwright.runtime.flat import flatten
 from meshwright.runtime.gathered import Gathered, Uses, gather_around
-from meshwright.runtime.groups import Groups, Stages
+from meshwright.runtime.groups import Groups, Holders
 from meshwright.runtime.layout import parse
 from meshwright.runtime.parameters import Held
 from meshwright.runtime.units import LEVELS, Unit
@@ -24,24 +24,26 @@ BUCKETS = 6
 
 
 def make_units(held: Sequence[Held], zero: int, groups: Groups, root: nn.Module) -> list[Unit]:
-    """The units of a stage: by module where parameters are gathered (ZeRO-3), else in buckets, last declared first.
+    """The units of a rank, each of one of its stages (or of all that share its parameters): by module where parameters
+    are gathered (ZeRO-3), else in buckets, last declared first.
 
-    The last declared have their gradients first. Parameters tied across stages are ordered by name, because the stages
-    declare them in different orders.
+    The last declared have their gradients first. Parameters tied across pipeline ranks are ordered by name, because the
+    stages declare them in different orders.
     """
     owners = _owners(root)
     keyed: dict[tuple[Any, ...], list[Held]] = {}
     for one in reversed([h for h in held if h.trainable]):
-        tied = one.stages if len(one.stages) > 1 else None
+        tied = one.holders if len(one.holders) > 1 else None
         level = _level(one, zero, groups)
         axes = (*one.pending, "pp") if tied else one.pending
         owner = owners.get(id(one.parameter)) if level == 3 and not tied else None
-        keyed.setdefault((str(one.parameter.dtype), axes, tied, level, owner), []).append(one)
+        stages = () if tied else tuple(one.stages)
+        keyed.setdefault((str(one.parameter.dtype), axes, tied, level, owner, stages), []).append(one)
     tied_keys = sorted((key for key in keyed if key[2]), key=str)
     under_way: deque[Finish] = deque()
     units = []
     for key in (*(key for key in keyed if not key[2]), *tied_keys):
-        _, axes, tied, level, _ = key
+        _, axes, tied, level, *_ = key
         members = sorted(keyed[key], key=lambda one: one.label) if tied else keyed[key]
         for bucket in [members] if level == 3 else _buckets(members):
             units.append(LEVELS[level](bucket, groups, axes, tied, under_way))
@@ -116,11 +118,12 @@ def _buckets(members: Sequence[Held]) -> Iterator[list[Held]]:
     yield bucket
 
 
-def needed_groups(manifest: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Stages]]:
-    """Every set of axes (and stages) that some gradient is summed over, in an order that all ranks share."""
-    found: dict[tuple[tuple[str, ...], Stages], None] = {}
+def needed_groups(manifest: Mapping[str, Any], placement: Sequence[int]) -> list[tuple[tuple[str, ...], Holders]]:
+    """Every set of axes (and pipeline ranks) that some gradient is summed over, in an order that all ranks share."""
+    found: dict[tuple[tuple[str, ...], Holders], None] = {}
     for entry in manifest["parameters"].values():
-        tied = tuple(entry["stages"]) if len(entry["stages"]) > 1 else None
+        holders = tuple(sorted({placement[stage] for stage in entry["stages"]}))
+        tied = holders if len(holders) > 1 else None
         for part in entry.get("segments") or [{"types": {}}]:
             types = {**entry["types"], **part["types"]}
             pending = tuple(a for a in manifest["mesh"] if a in types and parse(types[a])[1] == "R")

@@ -1,203 +1,155 @@
 """The executor: runs a rank's actions, with the messages before and after them."""
 
-import inspect
-from collections import deque
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from meshwright.runtime.actions import KINDS, Action, fuse
-from meshwright.runtime.errors import BundleError, RankError
+from meshwright.runtime.actions import KINDS, Action, Kind, fuse
+from meshwright.runtime.errors import RankError
 from meshwright.runtime.groups import Groups
-from meshwright.runtime.messages import Messages, Shapes
-from meshwright.runtime.wire import Finish, Message
-
-Values = Mapping[str, Any]
-"""Arguments of a stage by name: tensors, and what else the user's batch has."""
+from meshwright.runtime.mail import Mail
+from meshwright.runtime.messages import Links, Packet, Place
+from meshwright.runtime.stage import StageRun, Values
 
 
-@dataclass(slots=True, kw_only=True)
-class Live:
-    """What is kept of one microbatch between its forward and its backward."""
+class Turn(NamedTuple):
+    """Messages that start together, and the computation that follows them.
 
-    received: Mapping[str, torch.Tensor]
-    results: Mapping[str, torch.Tensor]
-    loss: torch.Tensor | None
+    action: the action that they come before; at the end of the step the one that they come after. receivers: how many
+    stages on other ranks get what it makes. last: whether the stage's gradients are complete after it.
+    """
+
+    sends: tuple[Packet, ...]
+    receives: tuple[Packet, ...]
+    action: Action
+    place: Place
+    runs: bool
+    receivers: int
+    last: bool
+
+
+class Timed(NamedTuple):
+    """When a computation ran, in seconds of ``time.perf_counter``."""
+
+    action: Action
+    begin: float
+    end: float
 
 
 @dataclass(slots=True, kw_only=True)
 class Executor:
-    """Runs one stage.
+    """Runs the stages of this rank.
 
-    before_backward(last): called before every backward, ``last`` on the step's last. after_backward(): after it.
-    entering(microbatch): called before every forward and every backward.
-    loss_parts: by what a microbatch's loss is divided, 1 where the loss of the whole is their sum.
+    before_backward(stage, kind, last), after_backward(stage, kind): called around every backward, ``last`` with the one
+    after which the stage's gradients are complete. entering(microbatch): called before every computation. timed: when
+    the computations of the last step ran.
     """
 
-    stage: nn.Module
-    index: int
-    manifest: Mapping[str, Any]
+    stages: Mapping[int, StageRun]
+    links: Links
     groups: Groups
-    before_backward: Callable[[bool], None]
-    after_backward: Callable[[], None]
+    before_backward: Callable[[int, Kind, bool], None]
+    after_backward: Callable[[int, Kind], None]
     entering: Callable[[int], None] = lambda microbatch: None
-    arguments: tuple[str, ...] = field(init=False)
-    messages: Messages = field(init=False)
-    has_loss: bool = field(init=False)
-    loss_parts: int = field(init=False)
-    grad: bool = True
-    live: dict[int, Live] = field(default_factory=dict)
-    arrived: dict[tuple[str, int], dict[str, torch.Tensor]] = field(default_factory=dict)
-    gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
-    sending: deque[list[tuple[Finish, Message]]] = field(default_factory=deque)
+    mail: Mail = field(init=False)
+    timed: list[Timed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        loss = self.manifest["loss"]
-        entry = self.manifest["stages"][self.index]
-        self.arguments = tuple(inspect.signature(self.stage.forward).parameters)
-        unknown = {*self.arguments} - {*entry["inputs"], *entry["receives"], *entry["prepares"]}
-        if unknown:
-            raise BundleError(
-                f"the forward of stage {self.index} takes {', '.join(sorted(unknown))}: not among the inputs, received "
-                "and prepared values that the manifest gives it"
+        self.mail = Mail(links=self.links, groups=self.groups)
+
+    def turns(self, actions: Sequence[Action]) -> tuple[Turn, ...]:
+        """Actions as ``run`` takes them. Raises BundleError for messages that no value is in."""
+        receivers: Counter[Place] = Counter()
+        for each in actions:
+            receivers[self._place(each)] += len(each.sends)
+        last = {self._place(action).stage: action for action in actions if action.runs and action.kind in "BW"}
+        turns = []
+        for before, after in fuse(actions):
+            action = after or before
+            if action is None:
+                continue
+            place = self._place(action)
+            turns.append(
+                Turn(
+                    sends=self.links.packets(before, () if before is None else before.sends, True),
+                    receives=self.links.packets(after, () if after is None else after.receives, False),
+                    action=action,
+                    place=place,
+                    runs=after is not None and after.runs,
+                    receivers=receivers[place],
+                    last=last.get(place.stage) is action,
+                )
             )
-        self.messages = Messages(manifest=self.manifest, index=self.index, groups=self.groups)
-        self.has_loss = self.index == loss["stage"]
-        self.loss_parts = 1 if loss["types"].get("mb") == "P" else self.groups.microbatches
+        return tuple(turns)
 
     def run(
         self,
-        actions: Sequence[Action],
+        turns: Sequence[Turn],
         batches: Sequence[Values],
-        prepared: Values,
+        prepared: Mapping[int, Values],
         symbols: Mapping[str, int],
         grad: bool,
     ) -> torch.Tensor | None:
-        """Run a step's actions on the microbatches; returns the sum of their losses on the stage that has it.
+        """Run a step's actions on the microbatches; returns the sum of their losses on the rank that has it.
 
-        Raises RankError naming the action that failed and why.
+        prepared: by stage. Raises RankError naming the action that failed and why.
         """
-        shapes = self.messages.shapes(symbols)
-        self.grad = grad
-        for kept in (self.live, self.arrived, self.gradients, self.sending):
-            kept.clear()
-        last = max((i for i, a in enumerate(actions) if a.kind == "B"), default=-1)
+        self.mail.begin(symbols)
+        self.timed.clear()
+        for stage in self.stages.values():
+            stage.live.clear()
         total: torch.Tensor | None = None
-        for position, (before, after) in enumerate(fuse(actions)):
+        for turn in turns:
+            if turn.sends or turn.receives:
+                try:
+                    self.mail.exchange(turn.sends, turn.receives)
+                except Exception as error:
+                    where = "after" if turn is turns[-1] else "before"
+                    raise self._failure(turn, error, f"in the messages {where} ") from error
+            if not turn.runs:
+                continue
+            begin = time.perf_counter()
             try:
-                self._exchange(before, after, shapes)
+                self.entering(turn.action.microbatch)
+                loss = self._compute(turn, batches, prepared, grad)
             except Exception as error:
-                raise self._failure(after or before, error, "in the messages before " if after else "after ") from error
-            if after is None:
-                break
-            try:
-                self.entering(after.microbatch)
-                if after.kind == "F":
-                    loss = self._forward(after.microbatch, {**batches[after.microbatch], **prepared}, shapes)
-                    total = loss if total is None else total + loss if loss is not None else total
-                else:
-                    self.before_backward(position == last)
-                    self._backward(after.microbatch)
-                    self.after_backward()
-            except Exception as error:
-                raise self._failure(after, error, "in ") from error
-        while self.sending:
-            self._wait_for_oldest()
+                raise self._failure(turn, error, "in ") from error
+            self.timed.append(Timed(turn.action, begin, time.perf_counter()))
+            if loss is not None:
+                total = loss if total is None else total + loss
+        self.mail.end()
         return total
 
-    def _failure(self, action: Action | None, error: Exception, where: str) -> RankError:
-        assert action is not None
-        return RankError(
-            f"rank {self.groups.rank} failed {where}{self.index}{action.kind}{action.microbatch} {KINDS[action.kind]} "
-            f"of stage {self.index}, microbatch {action.microbatch}: {type(error).__name__}: {error}"
-        )
-
-    # Messages
-
-    def _exchange(self, before: Action | None, after: Action | None, shapes: Shapes) -> None:
-        """Start the sends after one action and the receives before the next together; wait for what is received."""
-        sends = self._outgoing(before) if before is not None and before.sends else []
-        receives = [] if after is None else [m for peer in after.receives for m in self._incoming(after, peer, shapes)]
-        if not sends and not receives:
-            return
-        sent, received = self.groups.group(["pp"]).begin_exchange(sends, receives)
-        for finish in received:
-            finish()
-        if sends:
-            # A schedule is proven as if every exchange waited for its sends. Waiting a little later lets this rank go
-            # on, and keeps what is being sent from piling up.
-            self.sending.append(list(zip(sent, sends, strict=True)))
-            if len(self.sending) > self.groups.size("pp"):
-                self._wait_for_oldest()
-
-    def _wait_for_oldest(self) -> None:
-        for finish, _ in self.sending.popleft():
-            finish()
-
-    def _outgoing(self, action: Action) -> list[Message]:
-        """What an action sends, by peer; afterwards a gradient, and without backward a result, has no other owner."""
-        if action.kind == "B":
-            values: Mapping[str, torch.Tensor] = self.gradients.pop(action.microbatch)
+    def _compute(
+        self, turn: Turn, batches: Sequence[Values], prepared: Mapping[int, Values], grad: bool
+    ) -> torch.Tensor | None:
+        """One computation; returns the loss of a forward that has it."""
+        place, stage, kind = turn.place, self.stages[turn.place.stage], turn.action.kind
+        if kind == "F":
+            available = {**batches[place.microbatch], **prepared[place.stage]}
+            arrived = self.mail.take(place, stage.expected)
+            results = stage.forward(place.microbatch, arrived, available, self.mail.shapes, grad)
+            if stage.has_loss:
+                return results["loss"]  # type: ignore[no-any-return]
         else:
-            live = self.live[action.microbatch] if self.grad else self.live.pop(action.microbatch)
-            values = live.results
-        return [
-            (peer, values[edge.name].detach().contiguous())
-            for peer in action.sends
-            for edge in self.messages.outgoing[action.kind, peer]
-        ]
-
-    def _incoming(self, action: Action, peer: int, shapes: Shapes) -> list[Message]:
-        """Room for what a peer sends. Gradients from several peers are added up in the order of the peers."""
-        arrived = self.arrived.setdefault((action.kind, action.microbatch), {})
-        messages = []
-        for edge in self.messages.incoming[action.kind, peer]:
-            buffer = torch.empty(shapes[edge.name], dtype=edge.dtype, device=self.groups.device)
-            arrived[edge.name if action.kind == "F" else f"{edge.name} from {peer}"] = buffer
-            messages.append((peer, buffer))
-        return messages
-
-    # Computation
-
-    def _forward(self, microbatch: int, available: Values, shapes: Shapes) -> torch.Tensor | None:
-        received = self.arrived.pop(("F", microbatch), {})
-        if self.grad:
-            for name, tensor in received.items():
-                tensor.requires_grad_(self.messages.received[name].requires_grad)
-        result = self.stage(**{name: (received if name in received else available)[name] for name in self.arguments})
-        if self.has_loss:
-            loss = result / self.loss_parts if self.loss_parts > 1 else result
-            if self.grad:
-                self.live[microbatch] = Live(received=received, results={}, loss=loss)
-            return loss.detach()  # type: ignore[no-any-return]
-        results = result if isinstance(result, tuple) else (result,)
-        if len(results) != len(self.messages.sent):
-            raise BundleError(
-                f"the forward of stage {self.index} returns {len(results)} values, the manifest says "
-                f"{', '.join(self.messages.sent)}"
-            )
-        named = dict(zip(self.messages.sent, results, strict=True))
-        self.messages.check(named, shapes)
-        self.live[microbatch] = Live(received=received, results=named, loss=None)
+            arrived = self.mail.take(place, stage.awaited)
+            self.before_backward(place.stage, kind, turn.last)
+            results = stage.backward(place.microbatch, arrived)
+            self.after_backward(place.stage, kind)
+        self.mail.put(place, results, turn.receivers)
         return None
 
-    def _backward(self, microbatch: int) -> None:
-        live = self.live.pop(microbatch)
-        gradients: dict[str, torch.Tensor] = {}
-        for key, gradient in self.arrived.pop(("B", microbatch), {}).items():
-            name = key.partition(" ")[0]
-            gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        roots = [(live.results[name], gradient) for name, gradient in gradients.items()]
-        if live.loss is not None:
-            roots.append((live.loss, torch.ones_like(live.loss)))
-        roots = [(tensor, gradient) for tensor, gradient in roots if tensor.requires_grad]
-        if roots:
-            torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
-        self.gradients[microbatch] = {
-            name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            for name, tensor in live.received.items()
-            if tensor.requires_grad
-        }
+    def _place(self, action: Action) -> Place:
+        stage = next(iter(self.stages)) if action.stage is None else action.stage
+        return Place(stage, action.kind == "F", action.microbatch)
+
+    def _failure(self, turn: Turn, error: Exception, where: str) -> RankError:
+        stage, kind, microbatch = turn.place.stage, turn.action.kind, turn.place.microbatch
+        return RankError(
+            f"rank {self.groups.rank} failed {where}{stage}{kind}{microbatch} {KINDS[kind]} of stage {stage}, "
+            f"microbatch {microbatch}: {type(error).__name__}: {error}"
+        )

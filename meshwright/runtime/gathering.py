@@ -1,7 +1,7 @@
 """Whole tensors on every rank, by the model's names: for looking, comparing and exporting."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ Local = Mapping[tuple[str, Segment | None], torch.Tensor]
 """A rank's pieces by name and segment."""
 
 
-def gather(entries: Mapping[str, Any], groups: Groups, names: Iterable[str], local: Local, what: str) -> dict[str, Any]:
+def gather(
+    entries: Mapping[str, Any], placement: Sequence[int], groups: Groups, names: Iterable[str], local: Local, what: str
+) -> dict[str, Any]:
     """The whole tensor of every parameter or buffer in ``names``, put together from one holder of every piece.
 
-    entries: the manifest's. Raises RankError with the names of those on which ranks that must agree differ by more than
-    1e-6 (relative).
+    entries: the manifest's. placement: the pipeline rank of every stage. Raises RankError with the names of those on
+    which ranks that must agree differ by more than 1e-6 (relative).
     """
     result: dict[str, torch.Tensor] = {}
     different: list[str] = []
@@ -34,7 +36,8 @@ def gather(entries: Mapping[str, Any], groups: Groups, names: Iterable[str], loc
             segment = (part["dim"], part["start"], part["length"]) if part else None
             types = {**entry.get("types", {}), **(part["types"] if part else {})}
             mine = local.get((name, segment))
-            for rank, piece, is_mine in _pieces(entry, segment, types, groups):
+            holders = [placement[stage] for stage in entry["stages"]]
+            for rank, piece, is_mine in _pieces(entry, holders, segment, types, groups):
                 value = _sent(mine if is_mine else None, piece, rank, result[name], groups)
                 piece.place(value, result[name])
                 if is_mine and mine is not None and not _agree(mine, value):
@@ -44,17 +47,21 @@ def gather(entries: Mapping[str, Any], groups: Groups, names: Iterable[str], loc
 
 
 def _pieces(
-    entry: Mapping[str, Any], segment: Segment | None, types: Mapping[str, str], groups: Groups
+    entry: Mapping[str, Any],
+    holders: Sequence[int],
+    segment: Segment | None,
+    types: Mapping[str, str],
+    groups: Groups,
 ) -> list[tuple[int, Piece, bool]]:
     """Every distinct piece with the first rank that holds it, and whether this rank holds the same one."""
     used = {axis: parse(text)[1] for axis, text in types.items()}
     axes = [axis for axis in groups.sizes if isinstance(used.get(axis), Split)]
-    first = {axis: 0 for axis in groups.sizes} | ({"pp": entry["stages"][0]} if "pp" in groups.sizes else {})
+    first = {axis: 0 for axis in groups.sizes} | ({"pp": holders[0]} if "pp" in groups.sizes else {})
     found = []
     for indices in itertools.product(*(range(groups.sizes[axis]) for axis in axes)):
         at = first | dict(zip(axes, indices, strict=True))
         piece = piece_of(entry["shape"], segment, used, at, groups.sizes)
-        mine = groups.index("pp") in entry["stages"] and all(groups.index(axis) == at[axis] for axis in axes)
+        mine = groups.index("pp") in holders and all(groups.index(axis) == at[axis] for axis in axes)
         found.append((rank_at(groups.sizes, at), piece, mine))
     return found
 

@@ -14,8 +14,8 @@ from meshwright.runtime.processes import BACKENDS, Processes
 from meshwright.runtime.threads import HERE
 from meshwright.runtime.wire import Group, Wire
 
-Stages = tuple[int, ...] | None
-"""The pipeline stages that a group is limited to; None: not limited."""
+Holders = tuple[int, ...] | None
+"""The pipeline ranks (indices on "pp") that a group is limited to; None: not limited."""
 
 
 @dataclass(slots=True)
@@ -46,42 +46,42 @@ class Groups:
         """Which piece on an axis is this rank's (for "mb": is computed now); 0 on one that the mesh does not have."""
         return self.microbatch if axis == "mb" else self.coordinates.get(axis, 0)
 
-    def make(self, axes: Iterable[str], stages: Stages = None) -> None:
-        """Create the groups over ``axes`` (between the given stages only). Every rank calls this in the same order."""
-        key = self._key(axes, stages)
+    def make(self, axes: Iterable[str], holders: Holders = None) -> None:
+        """Create the groups over ``axes``, between ``holders`` only. Every rank calls this in the same order."""
+        key = self._key(axes, holders)
         if key is None or key in self.made:
             return
         self.made[key] = self.wire.group(self._members(*key) or [self.rank], ", ".join(key[0]))
 
-    def group(self, axes: Iterable[str], stages: Stages = None) -> Group:
+    def group(self, axes: Iterable[str], holders: Holders = None) -> Group:
         """The group over ``axes``. Raises KeyError where it has one rank or was never made."""
-        key = self._key(axes, stages)
+        key = self._key(axes, holders)
         found = None if key is None else self.made[key]
         if found is None:
             raise KeyError(f"rank {self.rank} is alone there")
         return found
 
-    def find(self, axes: Iterable[str], stages: Stages = None) -> Group | None:
+    def find(self, axes: Iterable[str], holders: Holders = None) -> Group | None:
         """The group over ``axes``, or None where it has one rank. Raises KeyError if it was never made."""
-        key = self._key(axes, stages)
+        key = self._key(axes, holders)
         return None if key is None else self.made[key]
 
-    def _key(self, axes: Iterable[str], stages: Stages) -> tuple[tuple[str, ...], Stages] | None:
-        """The axes that have more than one rank, and the stages if "pp" is among them; None where nothing is left."""
+    def _key(self, axes: Iterable[str], holders: Holders) -> tuple[tuple[str, ...], Holders] | None:
+        """The axes that have more than one rank, and the holders if "pp" is among them; None where nothing is left."""
         given = set(axes)
         wide = tuple(axis for axis in self.sizes if axis in given and self.sizes[axis] > 1)
-        limited = stages if "pp" in wide else None
+        limited = holders if "pp" in wide else None
         if limited is not None and len(limited) == 1:
             wide, limited = tuple(axis for axis in wide if axis != "pp"), None
         return (wide, limited) if wide else None
 
-    def _members(self, axes: tuple[str, ...], stages: Stages) -> list[int]:
-        """The ranks that differ from this one on ``axes`` alone; none where this one is not in ``stages``."""
-        if stages is not None and self.index("pp") not in stages:
+    def _members(self, axes: tuple[str, ...], holders: Holders) -> list[int]:
+        """The ranks that differ from this one on ``axes`` alone; none where this one is not in ``holders``."""
+        if holders is not None and self.index("pp") not in holders:
             return []
         found = [self.coordinates]
         for axis in axes:
-            values = stages if axis == "pp" and stages is not None else range(self.sizes[axis])
+            values = holders if axis == "pp" and holders is not None else range(self.sizes[axis])
             found = [{**at, axis: value} for at in found for value in values]
         return sorted(rank_at(self.sizes, at) for at in found)
 
@@ -100,6 +100,11 @@ def coordinates_of(sizes: Mapping[str, int], rank: int) -> dict[str, int]:
     for axis, size in reversed(list(sizes.items())):
         rank, at[axis] = divmod(rank, size)
     return {axis: at[axis] for axis in sizes}
+
+
+def placement_of(manifest: Mapping[str, Any]) -> tuple[int, ...]:
+    """The pipeline rank of every stage of a bundle: the index of its ranks on "pp"."""
+    return tuple(coordinates_of(manifest["mesh"], stage["ranks"][0]).get("pp", 0) for stage in manifest["stages"])
 
 
 def rank_at(sizes: Mapping[str, int], at: Mapping[str, int]) -> int:

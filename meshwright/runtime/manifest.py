@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meshwright.runtime.actions import Action, parse, to_ranks
+from meshwright.runtime.actions import Action, parse, peers_of, to_stages
 from meshwright.runtime.errors import BundleError
-from meshwright.runtime.groups import along, coordinates_of
+from meshwright.runtime.groups import along, coordinates_of, placement_of
 from meshwright.runtime.promises import check_manifest
 
-FORMAT = 1
+FORMAT = 2
 
 
 def load_manifest(directory: Path) -> dict[str, Any]:
@@ -46,21 +46,29 @@ def stage_class(directory: Path, manifest: Mapping[str, Any], index: int) -> Any
     return module.Stage
 
 
-def actions_of(directory: Path, manifest: Mapping[str, Any], rank: int) -> tuple[int, tuple[Action, ...]]:
-    """The stage and the actions of a rank: from its file where there is one, else derived. Raises BundleError."""
-    sizes = manifest["mesh"]
+def actions_of(directory: Path, manifest: Mapping[str, Any], rank: int) -> tuple[tuple[int, ...], tuple[Action, ...]]:
+    """The stages and the actions of a rank, with peers as stages: from its file where there is one, else derived.
+
+    Raises BundleError.
+    """
+    sizes, placement = manifest["mesh"], placement_of(manifest)
     at = coordinates_of(sizes, rank)
-    stage = at.get("pp", 0)
+    place = at.get("pp", 0)
+    stages = tuple(stage for stage, other in enumerate(placement) if other == place)
     path = directory / "ranks" / f"rank_{rank:04d}.py"
     if not path.exists():
-        peers = along(sizes, rank, "pp") if "pp" in sizes else (rank,)
-        return stage, to_ranks(parse(manifest["stages"][stage]["schedule"], "stage"), peers)
+        return stages, parse(manifest["schedule"][place], "stage")
     file = runpy.run_path(str(path))
     groups = {axis: along(sizes, rank, axis) for axis in sizes}
-    for name, expected in (("COORDINATES", at), ("GROUPS", groups), ("STAGE", stage)):
+    for name, expected in (("COORDINATES", at), ("GROUPS", groups), ("STAGES", stages)):
         if file.get(name) != expected:
             raise BundleError(f"{path} says {name} = {file.get(name)!r}, the manifest says {expected!r}")
     try:
-        return stage, parse(file["SCHEDULE"])
+        kind = peers_of(stages)
+        actions = parse(file["SCHEDULE"], kind)
+        if kind == "rank":
+            line = groups.get("pp", (rank,))
+            actions = to_stages(actions, {line[place]: stage for stage, place in enumerate(placement)})
+        return stages, actions
     except (KeyError, ValueError) as error:
         raise BundleError(f"{path}: cannot read SCHEDULE: {error}") from error

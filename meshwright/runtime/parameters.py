@@ -22,7 +22,8 @@ class Held:
     """One declared parameter, or segment of one, on this rank.
 
     parameter: the piece in use. piece: where it lies in the whole. pending: axes over which its gradient is to be
-    summed. scattered: whether it rests in pieces over dp (ZeRO-3). stages: all stages that hold it. types: as declared.
+    summed. scattered: whether it rests in pieces over dp (ZeRO-3). stages: those of this rank that declared it.
+    holders: all pipeline ranks that hold it. types: as declared.
     """
 
     name: str
@@ -31,7 +32,8 @@ class Held:
     piece: Piece
     pending: tuple[str, ...]
     scattered: bool
-    stages: tuple[int, ...]
+    stages: list[int]
+    holders: tuple[int, ...]
     trainable: bool
     types: Mapping[str, str]
 
@@ -46,10 +48,13 @@ class Held:
 
 @dataclass(slots=True, kw_only=True)
 class Declared:
-    """What the file of stage ``index`` declared so far. ``source``: of parameters; ``own``: the bundle's weights."""
+    """What the stage files of a rank declared so far; what several of its stages use is there once.
+
+    placement: the pipeline rank of every stage. ``source``: of parameters; ``own``: the bundle's weights.
+    """
 
     manifest: Mapping[str, Any]
-    index: int
+    placement: Sequence[int]
     groups: Groups
     source: Weights
     own: Weights
@@ -60,22 +65,24 @@ class Declared:
     def __post_init__(self) -> None:
         self.draws = Draws(groups=self.groups, exact=self.manifest["plan"].get("random") == "exact")
 
-    def check_complete(self) -> None:
-        """Raises BundleError for a parameter that the manifest places on this stage and the file does not declare."""
+    def check_complete(self, stage: int) -> None:
+        """Raises BundleError for a parameter that the manifest places on a stage and its file does not declare."""
         for name, entry in self.manifest["parameters"].items():
             parts: list[Segment | None] = [_segment(part) for part in entry.get("segments", ())] or [None]
-            if self.index in entry["stages"] and any((name, part) not in self.held for part in parts):
+            declared = [one.stages for part in parts if (one := self.held.get((name, part))) is not None]
+            if stage in entry["stages"] and sum(stage in stages for stages in declared) < len(parts):
                 raise BundleError(
-                    f"{name!r} is on stage {self.index} in the manifest, and the stage file does not declare "
+                    f"{name!r} is on stage {stage} in the manifest, and the stage file does not declare "
                     f"{'all its segments' if entry.get('segments') else 'it'}"
                 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Param:
-    """The ``param`` of a stage file: declares parameters and buffers by the model's own names."""
+    """The ``param`` of the file of ``stage``: declares parameters and buffers by the model's own names."""
 
     declared: Declared
+    stage: int
     prefix: str = ""
     types: Mapping[str, str] = field(default_factory=dict)
 
@@ -102,7 +109,10 @@ class Param:
         self._check_types(full, {**self.types, **types}, promised)
         if (full, part) not in self.declared.held:
             self.declared.held[full, part] = self._held(full, entry, part, promised)
-        return self.declared.held[full, part].parameter
+        held = self.declared.held[full, part]
+        if self.stage not in held.stages:
+            held.stages.append(self.stage)
+        return held.parameter
 
     def buffer(self, name: str, shape: Sequence[int], **types: str) -> torch.Tensor:
         """This rank's piece of the buffer ``name`` of whole ``shape``. types: how it is split, by axis.
@@ -157,7 +167,8 @@ class Param:
             piece=piece,
             pending=tuple(axis for axis in groups.sizes if used.get(axis) == "R" and trainable),
             scattered="dp" in read and isinstance(read["dp"][0], Split) and used["dp"] == "R",
-            stages=tuple(entry["stages"]),
+            stages=[],
+            holders=tuple(sorted({self.declared.placement[stage] for stage in entry["stages"]})),
             trainable=trainable,
             types=types,
         )
@@ -169,9 +180,9 @@ class Param:
         entry = entries[full]
         if list(shape) != list(entry["shape"]):
             raise BundleError(f"{full}: the stage file says shape {tuple(shape)}, the manifest {tuple(entry['shape'])}")
-        if self.declared.index not in entry["stages"]:
+        if self.stage not in entry["stages"]:
             raise BundleError(
-                f"{full}: the file of stage {self.declared.index} declares it, "
+                f"{full}: the file of stage {self.stage} declares it, "
                 f"the manifest has it on stages {', '.join(map(str, entry['stages'])) or 'none'}"
             )
         return entry

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 
 from meshwright.runtime.actions import parse as parse_schedule
 from meshwright.runtime.errors import BundleError
+from meshwright.runtime.groups import coordinates_of, placement_of
 from meshwright.runtime.layout import Split, largest_piece, parse, suffices
 
-KEYS = ("mesh", "plan", "inputs", "loss", "stages", "buffers", "parameters")
+KEYS = ("mesh", "plan", "inputs", "loss", "stages", "schedule", "buffers", "parameters")
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
@@ -24,7 +26,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         _check_value(manifest, f"input {name!r}", entry)
     for index, stage in enumerate(manifest["stages"]):
         _check_stage(manifest, index, stage)
-        _check_schedule(manifest, index, stage)
+    _check_schedule(manifest)
     for kind in ("parameters", "buffers"):
         for name, entry in manifest[kind].items():
             _check_value(manifest, repr(name), entry)
@@ -39,11 +41,18 @@ def _check_mesh(manifest: Mapping[str, Any]) -> None:
     for axis, size in mesh.items():
         if not isinstance(size, int) or size < 1:
             raise BundleError(f"the mesh has {axis}={size!r}: a size is a whole number from 1")
-    if len(stages) != mesh.get("pp", 1):
-        raise BundleError(f"it has {len(stages)} stages for pp={mesh.get('pp', 1)}")
-    ranks = sorted(rank for stage in stages for rank in stage["ranks"])
-    if ranks != list(range(math.prod(mesh.values()))):
-        raise BundleError(f"its stages do not have each of the {math.prod(mesh.values())} ranks of the mesh once")
+    if not isinstance(manifest["schedule"], list) or len(manifest["schedule"]) != mesh.get("pp", 1):
+        raise BundleError(f"its schedule is not one row for each of the pp={mesh.get('pp', 1)} pipeline ranks")
+    ranks = range(math.prod(mesh.values()))
+    lines: dict[int, list[int]] = {place: [] for place in range(mesh.get("pp", 1))}
+    for rank in ranks:
+        lines[coordinates_of(mesh, rank).get("pp", 0)].append(rank)
+    for index, stage in enumerate(stages):
+        if stage["ranks"] not in lines.values():
+            raise BundleError(f"stage {index} is on the ranks {stage['ranks']}, which are not those of one place on pp")
+    for place, line in lines.items():
+        if all(stage["ranks"] != line for stage in stages):
+            raise BundleError(f"pipeline rank {place} has no stage")
     plan = manifest["plan"]
     if plan["zero"] not in range(4) or plan["microbatches"] < 1:
         raise BundleError(f"its plan has zero={plan['zero']!r} and microbatches={plan['microbatches']!r}")
@@ -90,18 +99,23 @@ def _check_stage(manifest: Mapping[str, Any], index: int, stage: Mapping[str, An
                 raise BundleError(f"stage {index} sends {name!r} to stage {peer}, which does not receive it")
 
 
-def _check_schedule(manifest: Mapping[str, Any], index: int, stage: Mapping[str, Any]) -> None:
-    try:
-        actions = parse_schedule(stage["schedule"], "stage")
-    except ValueError as error:
-        raise BundleError(f"the schedule of stage {index}: {error}") from error
-    wanted = sorted((kind, k) for kind in "BF" for k in range(manifest["plan"]["microbatches"]))
-    apart = any(action.stage is not None or not action.runs for action in actions)
-    if apart or sorted((action.kind, action.microbatch) for action in actions) != wanted:
-        raise BundleError(
-            f"the schedule of stage {index} is not one forward and one backward of each of "
-            f"{manifest['plan']['microbatches']} microbatches: {stage['schedule']}"
-        )
+def _check_schedule(manifest: Mapping[str, Any]) -> None:
+    """Every stage has a forward and a whole backward, or one in two parts, of every microbatch, on its own ranks."""
+    placement, microbatches = placement_of(manifest), range(manifest["plan"]["microbatches"])
+    for place, text in enumerate(manifest["schedule"]):
+        try:
+            actions = [action for action in parse_schedule(text, "stage") if action.runs]
+        except ValueError as error:
+            raise BundleError(f"the schedule of pipeline rank {place}: {error}") from error
+        own = [stage for stage, other in enumerate(placement) if other == place]
+        kinds: defaultdict[tuple[int | None, int], str] = defaultdict(str)
+        for action in actions:
+            kinds[own[0] if action.stage is None and len(own) == 1 else action.stage, action.microbatch] += action.kind
+        if set(kinds) != set(itertools.product(own, microbatches)) or not set(kinds.values()) <= {"FB", "FIW"}:
+            raise BundleError(
+                f"the schedule of pipeline rank {place} is not one forward and then one backward of each of "
+                f"{len(microbatches)} microbatches through each of its stages: {text}"
+            )
 
 
 def _check_sites(manifest: Mapping[str, Any]) -> None:

@@ -1,23 +1,23 @@
 """The Trainer: what a user's script holds on a rank."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from meshwright.runtime import checkpoint, gathering
-from meshwright.runtime.actions import Action, forwards
+from meshwright.runtime.actions import Kind, forwards
 from meshwright.runtime.batches import Batch, microbatch_parts, named, replica_part, symbols_of
 from meshwright.runtime.buckets import gather_frozen, gather_in_modules, make_units, needed_groups
 from meshwright.runtime.errors import BundleError, MeshwrightError, PlanError, RankError
-from meshwright.runtime.executor import Executor
-from meshwright.runtime.groups import start, using
+from meshwright.runtime.executor import Executor, Turn
+from meshwright.runtime.groups import placement_of, start, using
 from meshwright.runtime.manifest import actions_of, load_manifest, stage_class
+from meshwright.runtime.messages import Links
 from meshwright.runtime.parameters import Declared, Param
+from meshwright.runtime.stage import StageRun
 from meshwright.runtime.weights import Weights
 from meshwright.runtime.wire import Finish
 
@@ -57,36 +57,56 @@ class Trainer:
         with self._reporting("setting up"):
             for axis in self.manifest["mesh"]:
                 self.groups.make([axis])
-            for axes, stages in needed_groups(self.manifest):
-                self.groups.make(axes, stages)
-            self.index, self.actions = actions_of(self.directory, self.manifest, self.rank)
-            self._declare(weights)
+            self.placement = placement_of(self.manifest)
+            for axes, holders in needed_groups(self.manifest, self.placement):
+                self.groups.make(axes, holders)
+            stages, actions = actions_of(self.directory, self.manifest, self.rank)
+            self._declare(stages, weights)
             held = list(self.declared.held.values())
             self.units = make_units(held, plan["zero"], self.groups, self.module)
             self.frozen = gather_frozen(held, self.groups, self.module)
             self._uses = gather_in_modules(self.module, self.units, self.frozen)
-            self.executor = Executor(
-                stage=self.module,
-                index=self.index,
-                manifest=self.manifest,
-                groups=self.groups,
-                before_backward=self._before_backward,
-                after_backward=self._after_backward,
-                entering=self._entering,
-            )
+            self.executor = self._executor(stages)
+            self.training, self.evaluation = self.executor.turns(actions), self.executor.turns(forwards(actions))
             pairs = [pair for unit in self.units for pair in unit.updates]
             # Torch's optimizers refuse an empty list, and a rank of a small model may have nothing to update.
             self.optimizer = optimizer(pairs or [("nothing", nn.Parameter(torch.empty(0, device=self.groups.device)))])
 
-    def _declare(self, weights: str | Path | None) -> None:
-        """Build the stage, whose file declares its parameters."""
+    def _declare(self, stages: Sequence[int], weights: str | Path | None) -> None:
+        """Build the stages of this rank, whose files declare their parameters."""
         path = self.directory / "weights"
         own = Weights(path if path.exists() else None, self.seed)
         source = own if weights is None else Weights(Path(weights), self.seed, complete=True)
-        self.declared = Declared(manifest=self.manifest, index=self.index, groups=self.groups, source=source, own=own)
-        self.module: nn.Module = stage_class(self.directory, self.manifest, self.index)(Param(declared=self.declared))
-        self.declared.check_complete()
+        self.declared = Declared(
+            manifest=self.manifest, placement=self.placement, groups=self.groups, source=source, own=own
+        )
+        self.module = nn.ModuleDict()
+        for stage in stages:
+            made = stage_class(self.directory, self.manifest, stage)(Param(declared=self.declared, stage=stage))
+            self.declared.check_complete(stage)
+            self.module[f"stage_{stage}"] = made
         self.module.train()
+
+    def _executor(self, stages: Sequence[int]) -> Executor:
+        links = Links(manifest=self.manifest, placement=self.placement, stages=stages, groups=self.groups)
+        runs = {
+            stage: StageRun(
+                module=self.module[f"stage_{stage}"],
+                index=stage,
+                manifest=self.manifest,
+                links=links,
+                groups=self.groups,
+            )
+            for stage in stages
+        }
+        return Executor(
+            stages=runs,
+            links=links,
+            groups=self.groups,
+            before_backward=self._before_backward,
+            after_backward=self._after_backward,
+            entering=self._entering,
+        )
 
     # A step
 
@@ -108,7 +128,7 @@ class Trainer:
         with self._reporting("forward and backward", PlanError):
             for unit in self.units:
                 unit.begin()
-            loss, finish = self._run("training", part, self.actions)
+            loss, finish = self._run("training", part, self.training)
             for unit in self.units:
                 unit.settle()
             for unit in self.units:
@@ -139,36 +159,29 @@ class Trainer:
             self._check_evaluation()
             self.module.eval()
             try:
-                loss, finish = self._run("evaluation", part, forwards(self.actions))
+                loss, finish = self._run("evaluation", part, self.evaluation)
                 finish()
                 return loss
             finally:
                 self.module.train()
 
-    def _run(self, kind: str, part: Batch, actions: Sequence[Action]) -> tuple[torch.Tensor, Finish]:
+    def _run(self, kind: str, part: Batch, turns: Sequence[Turn]) -> tuple[torch.Tensor, Finish]:
         """Run actions; the loss is there after the finish."""
         inputs = self.manifest["inputs"]
         values = named(part, inputs)
         symbols = symbols_of(values, inputs, self.groups.size("dp"))
-        wanted = self.manifest["stages"][self.index]["inputs"]
+        stages = self.executor.stages
+        wanted = {name for stage in stages for name in self.manifest["stages"][stage]["inputs"]}
         here = {
             n: v.to(self.groups.device) if isinstance(v, torch.Tensor) else v for n, v in values.items() if n in wanted
         }
         parts = microbatch_parts(here, inputs, self.groups.microbatches)
         self.declared.draws.seed, self.declared.draws.step = self.seed, self.num_steps
         self._uses.begin(kind)
-        total = self.executor.run(actions, parts, self._prepared(here), symbols, kind == "training")
+        prepared = {index: stage.prepare(here) for index, stage in stages.items()}
+        total = self.executor.run(turns, parts, prepared, symbols, kind == "training")
         self._uses.end()
         return self._global_loss(total)
-
-    def _prepared(self, here: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        names = self.manifest["stages"][self.index]["prepares"]
-        if not names:
-            return {}
-        function: Any = self.module.prepare
-        with torch.no_grad():
-            result = function(**{name: here[name] for name in inspect.signature(function).parameters})
-        return dict(zip(names, result if isinstance(result, tuple) else (result,), strict=True))
 
     def _global_loss(self, total: torch.Tensor | None) -> tuple[torch.Tensor, Finish]:
         """One sum over all ranks, in which every part of the loss counts once."""
@@ -191,7 +204,7 @@ class Trainer:
             local = {
                 (h.name, h.segment): g for unit in self.units for h, g in zip(unit.held, unit.full_grad(), strict=True)
             }
-            return gathering.gather(self.manifest["parameters"], self.groups, names, local, "gradient")
+            return gathering.gather(self.manifest["parameters"], self.placement, self.groups, names, local, "gradient")
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Whole parameters and buffers on every rank, with the keys of ``model.state_dict()``."""
@@ -205,11 +218,11 @@ class Trainer:
                     (h.name, h.segment): v
                     for h, v in zip(members, gathered.values([h.piece.local_shape for h in members]), strict=True)
                 }
-            whole = gathering.gather(self.manifest["parameters"], self.groups, names, local, "value")
+            whole = gathering.gather(self.manifest["parameters"], self.placement, self.groups, names, local, "value")
             buffers = self.manifest["buffers"]
             names = [name for name, entry in buffers.items() if entry["stages"] and entry["persistent"]]
             local = {(name, None): buffer for name, buffer in self.declared.buffers.items()}
-            whole |= gathering.gather(buffers, self.groups, names, local, "value")
+            whole |= gathering.gather(buffers, self.placement, self.groups, names, local, "value")
             return gathering.complete(self.manifest, whole, self.declared.source)
 
     def save(self, path: str | Path) -> None:
@@ -253,11 +266,12 @@ class Trainer:
                     "  evaluate the model itself with the parameters of full_state_dict()"
                 )
 
-    def _before_backward(self, last: bool) -> None:
+    def _before_backward(self, stage: int, kind: Kind, last: bool) -> None:
         for unit in self.units:
-            unit.expect(last)
+            if stage in unit.stages:
+                unit.expect(last)
 
-    def _after_backward(self) -> None:
+    def _after_backward(self, stage: int, kind: Kind) -> None:
         """What a backward did not come to drop: parameters that are frozen, or that it does not reach."""
         self._uses.drop()
 

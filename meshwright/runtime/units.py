@@ -15,7 +15,7 @@ from torch import nn
 
 from meshwright.runtime.flat import flatten, views
 from meshwright.runtime.gathered import Gathered
-from meshwright.runtime.groups import Groups, Stages
+from meshwright.runtime.groups import Groups, Holders
 from meshwright.runtime.parameters import Held
 from meshwright.runtime.wire import Finish
 
@@ -31,16 +31,18 @@ def _call(method: "weakref.WeakMethod[Callable[[], None]]", _: torch.Tensor) -> 
 class Unit:
     """ZeRO-0, and the base of the others: gradients whole on every rank, summed once per step over all pending axes.
 
-    held: parameters with the same dtype and the same pending ``axes``. stages: the stages that all hold them where they
-    are tied across stages, else None. under_way: what runs beside the backward, shared by the units of a rank.
+    held: parameters with the same dtype, the same pending ``axes`` and the same stages of this rank. holders: the
+    pipeline ranks that all hold them where those are several, else None. under_way: what runs beside the backward,
+    shared by the units of a rank.
     """
 
     split = False
 
     def __init__(
-        self, held: Sequence[Held], groups: Groups, axes: tuple[str, ...], stages: Stages, under_way: deque[Finish]
+        self, held: Sequence[Held], groups: Groups, axes: tuple[str, ...], holders: Holders, under_way: deque[Finish]
     ):
-        self.held, self.groups, self.axes, self.stages, self.under_way = tuple(held), groups, axes, stages, under_way
+        self.held, self.groups, self.axes, self.holders, self.under_way = tuple(held), groups, axes, holders, under_way
+        self.stages = tuple(held[0].stages)
         pieces = groups.size("dp") if self.split else 1
         self.flat = flatten([h.parameter for h in held], pieces)
         self.length = self.flat.numel() // pieces
@@ -90,7 +92,7 @@ class Unit:
         self.grad.zero_()
 
     def expect(self, last: bool) -> None:
-        """A backward begins; ``last``: the step's last, after which gradients are complete."""
+        """A backward of one of the stages begins; ``last``: the stage's last of the step."""
         self.waiting, self.last = len(self.held), last
 
     def _accumulated(self) -> None:
@@ -100,8 +102,9 @@ class Unit:
 
     def _complete(self) -> None:
         """All gradients of a backward are there, and the backward goes on: reduce beside it."""
-        # Ranks of other stages meet tied parameters in another order: those wait until all are there.
-        if self.last and self.stages is None:
+        # Other pipeline ranks meet tied parameters in another order, and another stage of this rank may add to them:
+        # those wait until all are there.
+        if self.last and self.holders is None and len(self.stages) == 1:
             self._begin_reduction()
 
     def _begin_reduction(self) -> None:
@@ -109,7 +112,7 @@ class Unit:
         self._begin_sum(self.grad, self.axes)
 
     def _begin_sum(self, flat: torch.Tensor, axes: tuple[str, ...]) -> None:
-        group = self.groups.find(axes, self.stages)
+        group = self.groups.find(axes, self.holders)
         if group is not None:
             self.finishes.append(group.begin_all_reduce(flat))
 

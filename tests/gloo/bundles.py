@@ -208,8 +208,9 @@ def manifest(
     edges: list[Edge] = [(k, k + 1) for k in range(last)]
     if last:
         edges += [(0, last), (0, last, False)]
-    actions = schedule(name, Pipeline.of(num_ranks=len(stages), num_microbatches=microbatches, edges=edges)).rows
-    described = []
+    ranks = mesh.get("pp", 1)
+    step = schedule(name, Pipeline.of(ranks, microbatches, len(stages) // ranks, edges=edges))
+    described, all_ranks = [], range(num_ranks(mesh))
     for k in range(len(stages)):
         receives = {"hidden": {**hidden, "from": k - 1}} if k else {}
         sends = {"hidden": {**hidden, "to": [k + 1]}} if k < last else {}
@@ -220,12 +221,11 @@ def manifest(
         described.append(
             {
                 "file": f"stages/stage_{k}.py",
-                "ranks": [r for r in range(num_ranks(mesh)) if coordinates_of(mesh, r).get("pp", 0) == k],
+                "ranks": [r for r in all_ranks if coordinates_of(mesh, r).get("pp", 0) == step.placement[k]],
                 "inputs": [*(["features", "kinds"] if k == 0 else []), *(["valid", "power"] if k == last else [])],
                 "prepares": ["num_valid"] if k == last else [],
                 "receives": receives,
                 "sends": sends,
-                "schedule": render(actions[k], "stage"),
             }
         )
     rest = "S(0) -> R" if zero == 3 else "I -> R"
@@ -251,7 +251,7 @@ def manifest(
     parameters["scale"] = parameter([], [last], "I", "I -> R")
     parameters["frozen"] = parameter([5], [last], "I", trainable=False)
     return {
-        "format": 1,
+        "format": 2,
         "mesh": dict(mesh),
         "plan": {"microbatches": microbatches, "schedule": name, "zero": zero},
         "inputs": {
@@ -262,6 +262,7 @@ def manifest(
         },
         "loss": {"stage": last, "types": {"mb": "P", **on(dp="P", tp="I")}},
         "stages": described,
+        "schedule": [render(row, "stage") for row in step.rows],
         "buffers": {"offset": {"shape": [6], "dtype": "float64", "stages": [last], "persistent": True}},
         "parameters": parameters,
     }

@@ -22,6 +22,7 @@ from meshwright.passes.partition import Partition, partition
 from meshwright.passes.propagate import factor, propagate
 from meshwright.passes.reshard import reshard
 from meshwright.passes.rules import DEFAULT_RULES, is_pointwise
+from meshwright.passes.schedules.planned import planned
 from tests.null.simulate import simulate
 
 Batch = Mapping[str, Any] | tuple[Any, ...]
@@ -72,7 +73,9 @@ def lowered(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: in
     chosen, captured = plan or Plan(), capture(model, batch, segment=True, is_known=is_known)
     blocks = _typed(captured, Mesh(**mesh), chosen)
     priced = prices(captured.function, BATCH, captured.symbols)
-    return lower(captured, blocks, partition(blocks, mesh.get("pp", 1), chosen.split, priced), Mesh(**mesh), chosen)
+    pipeline = planned(chosen, mesh.get("pp", 1))
+    parts = partition(blocks, pipeline.num_stages, chosen.split, priced)
+    return lower(captured, blocks, parts, Mesh(**mesh), chosen, pipeline)
 
 
 def _typed(captured: Capture, mesh: Mesh, plan: Plan) -> Blocks:

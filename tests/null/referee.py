@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from meshwright.runtime.batches import microbatch_parts, replica_part
-from meshwright.runtime.groups import Groups, current, num_ranks, using
+from meshwright.runtime.groups import Groups, current, num_ranks, placement_of, using
 from meshwright.runtime.layout import Split, parse, shard_bounds
 from meshwright.runtime.manifest import load_manifest
 from meshwright.runtime.parameters import Declared, Param
@@ -304,9 +304,9 @@ def _stage(
     names |= {name: VOCABULARY[name] for name in used}
     names |= {"claimed": claimed, "partial_term": partial_term, **more}
     own = Weights(directory / "weights", seed=0)
-    declared = Declared(manifest=manifest, index=index, groups=groups, source=own, own=own)
+    declared = Declared(manifest=manifest, placement=placement_of(manifest), groups=groups, source=own, own=own)
     with spmd.no_typecheck():
-        stage: nn.Module = names["Stage"](JudgedParam(declared=declared))
+        stage: nn.Module = names["Stage"](JudgedParam(declared=declared, stage=index))
     return stage
 
 

@@ -124,11 +124,13 @@ def test_verify_finds_what_was_changed(tmp_path: Path) -> None:
     assert verify_bundle(directory)[-1] == "edited since they were emitted: stages/stage_0.py"
     text = rank.read_text()
     rank.write_text(text.replace("F0>2  F1>2", "F1>2  F0>2"))
-    with pytest.raises(BundleError, match="rank_0000.py has another schedule than stage 0"):
+    with pytest.raises(
+        BundleError, match="rank_0000.py has another schedule than the manifest has for pipeline rank 0"
+    ):
         verify_bundle(directory)
     rank.write_text(text)
     manifest = json.loads((directory / "manifest.json").read_text())
-    manifest["stages"][1]["schedule"] = manifest["stages"][1]["schedule"].replace("B3>s0", "B3")
+    manifest["schedule"][1] = manifest["schedule"][1].replace("B3>s0", "B3")
     (directory / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError):
         verify_bundle(directory)

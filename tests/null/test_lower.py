@@ -78,18 +78,6 @@ def test_a_value_that_skips_a_stage_goes_straight() -> None:
     assert program.warnings == ()
 
 
-def test_a_skip_that_holds_the_schedule_back_is_told() -> None:
-    def run(self: Any, x: torch.Tensor) -> Any:
-        first = self.a(x)
-        return self.d(self.c(self.b(first))).mul(first).sum()
-
-    program = lowered(_linears(run, 4), (X.repeat(2, 1),), Plan(split=("b", "c", "d"), microbatches=8), pp=4)
-    assert program.warnings == (
-        "'linear_default' goes from stage 0 to stage 3 and its gradient back: schedule='1f1b' waits for it and is "
-        "slower than in a chain\n  use 'gpipe', or a split that keeps the value within two stages",
-    )
-
-
 def test_what_the_inputs_alone_give_is_made_in_every_stage_that_reads_it() -> None:
     def run(self: Any, x: torch.Tensor) -> Any:
         mask = x.abs().cos()

@@ -202,4 +202,6 @@ def test_a_stage_that_would_begin_with_the_model_is_empty() -> None:
 def test_more_stages_than_places_to_cut() -> None:
     with pytest.raises(PlanError) as error:
         parted(_layers(16, 16), (X,), pp=8)
-    assert str(error.value) == ("pp=8 asks for 8 stages, but the model has 3 places to cut it\n  use a smaller pp")
+    assert str(error.value) == (
+        "the plan asks for 8 stages, but the model has 3 places to cut it\n  use a smaller pp, or fewer stages per rank"
+    )

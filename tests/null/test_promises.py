@@ -32,8 +32,12 @@ def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
 CASES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m.pop("loss"), "it has no loss"),
     (_set("mesh", "tp", 0), "the mesh has tp=0: a size is a whole number from 1"),
-    (_set("mesh", "pp", 3), "it has 2 stages for pp=3"),
-    (_set("stages", 1, "ranks", [0, 1]), "its stages do not have each of the 8 ranks of the mesh once"),
+    (_set("mesh", "pp", 3), "its schedule is not one row for each of the pp=3 pipeline ranks"),
+    (
+        _set("stages", 1, "ranks", [0, 1]),
+        "stage 1 is on the ranks [0, 1], which are not those of one place on pp",
+    ),
+    (lambda m: m["stages"][1].update(ranks=m["stages"][0]["ranks"]), "pipeline rank 1 has no stage"),
     (_set("plan", "zero", 4), "its plan has zero=4 and microbatches=3"),
     (_set("inputs", "kinds", "dtype", "word"), "input 'kinds' has the dtype 'word', which torch does not have"),
     (_set("inputs", "kinds", "types", "cp", "S(0)"), "input 'kinds' has a type on 'cp', which is no axis of the mesh"),
@@ -56,19 +60,20 @@ CASES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         "'skip': stages 0 and 1 disagree whether its gradient comes back",
     ),
     (lambda m: m["stages"][1]["receives"].pop("skip"), "stage 0 sends 'skip' to stage 1, which does not receive it"),
-    (
-        _set("stages", 0, "schedule", "F0 F1"),
-        "the schedule of stage 0 is not one forward and one backward",
-    ),
     *(
-        (_set("stages", 0, "schedule", text), "the schedule of stage 0 is not one forward and one backward")
+        (_set("schedule", 0, text), "the schedule of pipeline rank 0 is not one forward and then one backward of each")
         for text in (
-            "0F0>s1  0F1>s1  s1>0B0  s1>0B1",
-            "F0>s1  F1>s1  s1>B0  s1>I1  W1",
-            "F0  [F0]>s1  F1>s1  s1>B0  B1",
+            "F0 F1",
+            "1F0>s1  1F1>s1  1F2>s1  s1>1B0  s1>1B1  s1>1B2",
+            "F0>s1  F1>s1  F2>s1  s1>B0  s1>B1  s1>I2",
+            "F0>s1  F1>s1  F2>s1  s1>B0  s1>B1  W2  s1>I2",
+            "F0>s1  F1>s1  F2>s1  s1>B0  s1>B1  [B2]>s1",
         )
     ),
-    (_set("stages", 0, "schedule", "F0>1"), "the schedule of stage 0: 'F0>1' at position 0 is no action with stages"),
+    (
+        _set("schedule", 0, "F0>1"),
+        "the schedule of pipeline rank 0: 'F0>1' at position 0 is no action with stages",
+    ),
     (_set("parameters", "scale", "stages", [2]), "'scale' is on stages [2], and there are 2"),
     (_set("loss", "stage", 5), "the loss is on stages [5], and there are 2"),
     (

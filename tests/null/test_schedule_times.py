@@ -185,7 +185,7 @@ def test_stages_have_costs_of_their_own() -> None:
             3,
             4,
             "schedule='zbv' runs 2 of the stages on every rank, not 3\n"
-            "  use that number, or a schedule of 3: interleaved, looped-bfs, interleaved-zb",
+            "  use stages_per_rank=None, or a schedule of 3: interleaved, looped-bfs, interleaved-zb",
         ),
         (
             "1f1b",
@@ -193,8 +193,8 @@ def test_stages_have_costs_of_their_own() -> None:
             2,
             4,
             "schedule='1f1b' runs 1 of the stages on every rank, not 2\n"
-            "  use that number, or a schedule of 2: interleaved, looped-bfs, interleaved-zb, zbv, dualpipe-v, v-half, "
-            "v-min",
+            "  use stages_per_rank=None, or a schedule of 2: interleaved, looped-bfs, interleaved-zb, zbv, dualpipe-v, "
+            "v-half, v-min",
         ),
         (
             "interleaved",
@@ -202,7 +202,7 @@ def test_stages_have_costs_of_their_own() -> None:
             1,
             4,
             "schedule='interleaved' runs 2 or more of the stages on every rank, not 1\n"
-            "  use that number, or a schedule of 1: gpipe, 1f1b, zb-h1, zb-h2",
+            "  use stages_per_rank=None, or a schedule of 1: gpipe, 1f1b, zb-h1, zb-h2",
         ),
         (
             "dualpipe-v",

@@ -1,6 +1,5 @@
 """The schedules by name: what makes each of them, where its stages are, and what it declares."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -63,13 +62,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 def algorithm(name: str, pipeline: Pipeline) -> Algorithm:
     """The schedule of this name, which the pipeline is defined for.
 
-    Raises PlanError for an unknown name, for chunks that the schedule does not run, and for a number of microbatches
-    that it is not defined for, with the nearest that it is.
+    Raises PlanError for chunks that the schedule does not run, and for a number of microbatches that it is not defined
+    for, with the nearest that it is.
     """
-    if name not in ALGORITHMS:
-        near = difflib.get_close_matches(name.lower(), ALGORITHMS, n=1)
-        hint = f"\n  did you mean {near[0]!r}?" if near else ""
-        raise PlanError(f"unknown schedule {name!r}: the schedules are {', '.join(ALGORITHMS)}{hint}")
     found = ALGORITHMS[name]
     if pipeline.num_microbatches < 1:
         raise PlanError(
@@ -79,7 +74,7 @@ def algorithm(name: str, pipeline: Pipeline) -> Algorithm:
         others = ", ".join(other for other, one in ALGORITHMS.items() if one.runs(pipeline.num_chunks))
         raise PlanError(
             f"schedule={name!r} runs {found.chunks or '2 or more'} of the stages on every rank, not "
-            f"{pipeline.num_chunks}\n  use that number, or a schedule of {pipeline.num_chunks}: {others}"
+            f"{pipeline.num_chunks}\n  use stages_per_rank=None, or a schedule of {pipeline.num_chunks}: {others}"
         )
     reason = found.undefined(pipeline)
     if reason is not None:
