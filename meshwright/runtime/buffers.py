@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from meshwright.runtime.groups import current
 
@@ -56,7 +57,16 @@ def batch_norm(
     if running_mean is not None and running_var is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((squares / (count - 1)).to(running_var.dtype), momentum)
-    result: torch.Tensor = _Normalization.apply(x, weight, bias, count, mean, squares / count, eps, axes)  # type: ignore[no-untyped-call]
+    return _normalized(x, weight, bias, count, mean, squares / count, eps, axes)
+
+
+def _normalized(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *statistics: Any
+) -> torch.Tensor:
+    operands = [t for t in (x, weight, bias) if t is not None]
+    if has_torch_function(operands):  # a mode would not see an autograd function
+        return handle_torch_function(_normalized, operands, x, weight, bias, *statistics)  # type: ignore[no-any-return]
+    result: torch.Tensor = _Normalization.apply(x, weight, bias, *statistics)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from meshwright.runtime.errors import PlanError
 from meshwright.runtime.groups import current
@@ -33,6 +34,8 @@ class _Conversion(torch.autograd.Function):
 
 
 def _convert(x: torch.Tensor, forward: Convert | None, backward: Convert | None) -> torch.Tensor:
+    if has_torch_function_unary(x):  # a mode would not see an autograd function
+        return handle_torch_function(_convert, (x,), x, forward, backward)  # type: ignore[no-any-return]
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x if forward is None else forward(x)
     result: torch.Tensor = _Conversion.apply(x, forward, backward)  # type: ignore[no-untyped-call]
