@@ -9,7 +9,7 @@ What is not cut out is exact too: where weights are still found in the large gra
 operators that write in place), I computes their gradients as well, and W only adds them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from meshwright.runtime.errors import PlanError
 
@@ -117,44 +117,73 @@ class _Recording(TorchFunctionMode):
     def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run an operator that takes weights: as it is where it takes nothing else, else in a small graph."""
         deferred = self.deferred
-        operands = {id(t): t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
-        weights = [t for t in operands.values() if deferred.is_weight(t)]
-        others = [t for t in operands.values() if not deferred.is_weight(t) and id(t) not in deferred.constants]
+        weights: dict[int, torch.Tensor] = {}
+        others: dict[int, torch.Tensor] = {}
+        for t in _tensors((*args, *kwargs.values())):
+            if deferred.is_weight(t):
+                weights[id(t)] = t
+            elif id(t) not in deferred.constants:
+                others[id(t)] = t
         if not others:
-            return tree_map_only(torch.Tensor, deferred.keep, func(*args, **kwargs))
+            return _mapped(deferred.keep, func(*args, **kwargs))
         if _writes(func):
             return func(*args, **kwargs)
-        data = [t for t in others if t.requires_grad]
+        data = [t for t in others.values() if t.requires_grad]
         entered: tuple[torch.Tensor, ...] = _Enter.apply(deferred.anchor, data) if data else ()  # type: ignore[no-untyped-call]
         versions = [t._version for t in entered]
         inside = dict(zip(map(id, data), entered, strict=True))
-        new_args, new_kwargs = tree_map_only(torch.Tensor, lambda t: inside.get(id(t), t), (tuple(args), kwargs))
-        leaves, structure = tree_flatten(func(*new_args, **new_kwargs))
+        result = func(
+            *_mapped(lambda t: inside.get(id(t), t), tuple(args)),
+            **{name: _mapped(lambda t: inside.get(id(t), t), value) for name, value in kwargs.items()},
+        )
         if [t._version for t in entered] != versions:
             raise PlanError(
                 f"{getattr(func, '__name__', func)} takes a parameter and writes to another operand, which the split "
                 "backward of this schedule does not follow\n"
                 "  let it return a new tensor, or take a schedule without W"
             )
-        results = {at: t for at, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad}
-        bases = {id(t if t._base is None else t._base) for t in (*weights, *entered)}
-        if any(id(t if t._base is None else t._base) in bases for t in results.values()):
+        results = [t for t in _tensors([result]) if t.requires_grad]
+        bases = {id(_base(t)) for t in (*weights.values(), *entered)}
+        if any(id(_base(t)) in bases for t in results):
             # A view is of one operand, and autograd has to know of which: it may be written through.
-            return tree_map_only(torch.Tensor, self._keep_view, func(*args, **kwargs))
-        if results:
-            call = _Call(
-                deferred=deferred,
-                results=[get_gradient_edge(t) for t in results.values()],
-                data=[get_gradient_edge(t) for t in entered],
-                weights=[get_gradient_edge(t) for t in weights],
-            )
-            left = _Leave.apply(call, tuple(results.values()), deferred.anchor, *data)  # type: ignore[no-untyped-call]
-            for at, t in zip(results, left, strict=True):
-                leaves[at] = t
-        return tree_unflatten(leaves, structure)
+            return _mapped(self._keep_view, func(*args, **kwargs))
+        if not results:
+            return result
+        call = _Call(
+            deferred=deferred,
+            results=[get_gradient_edge(t) for t in results],
+            data=[get_gradient_edge(t) for t in entered],
+            weights=list(weights.values()),
+        )
+        left = _Leave.apply(call, results, deferred.anchor, *data)  # type: ignore[no-untyped-call]
+        outside = dict(zip(map(id, results), left, strict=True))
+        return _mapped(lambda t: outside.get(id(t), t), result)
 
     def _keep_view(self, t: torch.Tensor) -> torch.Tensor:
-        return self.deferred.keep(t) if t._base is not None and self.deferred.is_weight(t._base) else t
+        return self.deferred.keep(t) if self.deferred.is_weight(_base(t)) else t
+
+
+def _base(t: torch.Tensor) -> torch.Tensor:
+    """The tensor of which this is a view, or itself."""
+    return t if t._base is None else t._base
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The tensors in arguments or results, in tuples and lists too."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Arguments or results with every tensor replaced."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)([_mapped(function, one) for one in value])
+    return tree_map_only(torch.Tensor, function, value) if isinstance(value, tuple) else value
 
 
 def _writes(func: Callable[..., Any]) -> bool:
@@ -165,15 +194,12 @@ def _writes(func: Callable[..., Any]) -> bool:
 
 @dataclass(slots=True, kw_only=True)
 class _Call:
-    """The small graph of one operator: where its results, its data and its weights are.
-
-    Edges, not tensors: what autograd did not save is not kept.
-    """
+    """The small graph of one operator. Results and data as edges, so that what autograd did not save is not kept."""
 
     deferred: Deferred
     results: list[GradientEdge]
     data: list[GradientEdge]
-    weights: list[GradientEdge]
+    weights: list[torch.Tensor]
 
     def backward(self, gradients: Gradients) -> Gradients:
         """The gradients of the data; those of the weights are put off, or what leads to them."""
@@ -184,37 +210,40 @@ class _Call:
         if not self.data:
             self.deferred.put_off(edges, tuple(present))
             return ()
-        if self._comes_apart():
+        weights = [get_gradient_edge(t) for t in self.weights]
+        if _come_apart(self.results, {edge.node for edge in self.data}, {edge.node for edge in weights}):
             self.deferred.put_off(edges, tuple(present))
             return torch.autograd.grad(edges, self.data, present, retain_graph=True, allow_unused=True)
-        found = torch.autograd.grad(edges, [*self.data, *self.weights], present, allow_unused=True)
-        self.deferred.put_off(self.weights, found[len(self.data) :])
+        found = torch.autograd.grad(edges, [*self.data, *weights], present, allow_unused=True)
+        self.deferred.put_off(weights, found[len(self.data) :])
         return found[: len(self.data)]
 
-    def _comes_apart(self) -> bool:
-        """Whether data and weights meet in one node of torch's own: then W repeats nothing of what I does.
 
-        Else (recurrent layers, functions of several operators or in Python) both are computed at once.
-        """
-        data, weights = ({edge.node for edge in edges} for edges in (self.data, self.weights))
-        nodes = {edge.node for edge in self.results}
-        while len(nodes) == 1 and not nodes & (data | weights):
-            (meeting,) = nodes
-            if isinstance(meeting, BackwardCFunction):
-                return False
-            nodes = _following(meeting)
-        return not any(_reaches(node, data) and _reaches(node, weights) for node in nodes)
+def _come_apart(results: Sequence[GradientEdge], data: set[Node], weights: set[Node]) -> bool:
+    """Whether data and weights meet in one node of torch's own: then W repeats nothing of what I does.
+
+    Else (recurrent layers, functions of several operators or in Python) both are computed at once.
+    """
+    nodes = {edge.node for edge in results}
+    while len(nodes) == 1 and nodes.isdisjoint(data) and nodes.isdisjoint(weights):
+        (meeting,) = nodes
+        if isinstance(meeting, BackwardCFunction):
+            return False
+        nodes = _following(meeting)
+    return not any(_reaches_both(node, data, weights) for node in nodes)
 
 
-def _reaches(node: Node, ends: set[Node]) -> bool:
-    seen, waiting = {node}, [node]
-    while waiting:
+def _reaches_both(node: Node, data: set[Node], weights: set[Node]) -> bool:
+    seen, waiting, missing = {node}, [node], [data, weights]
+    while waiting and missing:
         one = waiting.pop()
-        if one in ends:
-            return True
-        waiting += _following(one) - seen
-        seen |= _following(one)
-    return False
+        if one in data or one in weights:
+            missing = [ends for ends in missing if one not in ends]
+        else:
+            following = _following(one)
+            waiting += following - seen
+            seen |= following
+    return not missing
 
 
 def _following(node: Node) -> set[Node]:
