@@ -33,7 +33,8 @@ class Deferred:
     >>> deferred = Deferred([*stage.parameters(), *stage.buffers()])
     >>> with deferred.recording():
     ...     result = stage(received)
-    >>> (gradient,) = deferred.backward_inputs([result], [arrived], [received])  # no parameter's .grad changes
+    >>> roots = deferred.roots([result])  # the result itself may go
+    >>> (gradient,) = deferred.backward_inputs(roots, [arrived], [received])  # no parameter's .grad changes
     >>> deferred.backward_weights()  # gradients accumulate, hooks of parameters are called; nothing is held any more
     """
 
@@ -45,20 +46,28 @@ class Deferred:
         self.weights = {id(t): (t, t._version) for t in self.parameters}
         # The large graph reaches this wherever it reaches a small one, so that I runs where no input needs a gradient.
         self.anchor = torch.empty((), requires_grad=True)
+        self.own: set[Node] = set()  # of results that are weights
         self.pending: list[tuple[GradientEdge, torch.Tensor]] = []
 
     def recording(self) -> TorchFunctionMode:
         """The context in which the stage runs, on this thread."""
         return _Recording(self)
 
+    def roots(self, results: Sequence[torch.Tensor]) -> list[GradientEdge]:
+        """Where the backward of these results of the stage begins; the recording is over."""
+        edges = [get_gradient_edge(result) for result in results]
+        self.own = {e.node for e, result in zip(edges, results, strict=True) if self.is_weight(result)}
+        self.weights.clear()
+        return edges
+
     def backward_inputs(
-        self, roots: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+        self, roots: Sequence[GradientEdge], gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
     ) -> Gradients:
         """I: the gradients of ``inputs`` (leaves), None where nothing reaches one, from those of ``roots``."""
         paired = list(zip(roots, gradients, strict=True))
-        self.pending += [(get_gradient_edge(root), gradient) for root, gradient in paired if self.is_weight(root)]
-        paired = [(root, gradient) for root, gradient in paired if not self.is_weight(root)]
-        self.weights.clear()
+        self.pending += [(root, gradient) for root, gradient in paired if root.node in self.own]
+        paired = [(root, gradient) for root, gradient in paired if root.node not in self.own]
+        self.own.clear()
         if not paired:
             return (None,) * len(inputs)
         found = torch.autograd.grad(

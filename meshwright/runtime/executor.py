@@ -20,7 +20,8 @@ class Turn(NamedTuple):
     """Messages that start together, and the computation that follows them.
 
     action: the action that they come before; at the end of the step the one that they come after. receivers: how many
-    stages on other ranks get what it makes. last: whether the stage's gradients are complete after it.
+    stages on other ranks get what it makes. split: whether the backward comes in two parts. last: whether the stage's
+    gradients are complete after it.
     """
 
     sends: tuple[Packet, ...]
@@ -29,6 +30,7 @@ class Turn(NamedTuple):
     place: Place
     runs: bool
     receivers: int
+    split: bool
     last: bool
 
 
@@ -67,6 +69,7 @@ class Executor:
         for each in actions:
             receivers[self._place(each)] += len(each.sends)
         last = {self._place(action).stage: action for action in actions if action.runs and action.kind in "BW"}
+        split = {(self._place(each).stage, each.microbatch) for each in actions if each.kind == "I"}
         turns = []
         for before, after in fuse(actions):
             action = after or before
@@ -81,6 +84,7 @@ class Executor:
                     place=place,
                     runs=after is not None and after.runs,
                     receivers=receivers[place],
+                    split=(place.stage, place.microbatch) in split,
                     last=last.get(place.stage) is action,
                 )
             )
@@ -101,7 +105,7 @@ class Executor:
         self.mail.begin(symbols)
         self.timed.clear()
         for stage in self.stages.values():
-            stage.live.clear()
+            stage.clear()
         total: torch.Tensor | None = None
         for turn in turns:
             if turn.sends or turn.receives:
@@ -132,9 +136,14 @@ class Executor:
         if kind == "F":
             available = {**batches[place.microbatch], **prepared[place.stage]}
             arrived = self.mail.take(place, stage.expected)
-            results = stage.forward(place.microbatch, arrived, available, self.mail.shapes, grad)
+            results = stage.forward(place.microbatch, arrived, available, self.mail.shapes, grad=grad, split=turn.split)
             if stage.has_loss:
                 return results["loss"]  # type: ignore[no-any-return]
+        elif kind == "W":
+            self.before_backward(place.stage, kind, turn.last)
+            stage.backward_weights(place.microbatch)
+            self.after_backward(place.stage, kind)
+            return None
         else:
             arrived = self.mail.take(place, stage.awaited)
             self.before_backward(place.stage, kind, turn.last)

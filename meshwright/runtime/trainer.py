@@ -267,6 +267,8 @@ class Trainer:
                 )
 
     def _before_backward(self, stage: int, kind: Kind, last: bool) -> None:
+        if kind == "I":
+            return
         for unit in self.units:
             if stage in unit.stages:
                 unit.expect(last)

@@ -248,7 +248,7 @@ def split(stage: nn.Module, inputs: Sequence[torch.Tensor], microbatches: int = 
         wanted = [x for x in inputs if x.requires_grad]
         with watched(stage, accumulated=False) as early:
             for deferred, (roots, gradients) in waiting:
-                found = deferred.backward_inputs(roots, gradients, wanted)
+                found = deferred.backward_inputs(deferred.roots(roots), gradients, wanted)
         assert at_once or not early
         assert called == [] and all(p.grad is None for p in stage.parameters())
         for deferred, _ in waiting:
@@ -361,7 +361,7 @@ def test_memory_is_freed_when_it_is_not_needed_any_more() -> None:
     assert kept() == ["Mlp", "Mlp", "Sequential"]  # not what goes into tanh, nor what the bias is added to
     gradient = torch.randn_like(result)
     before = {id(box) for box in saved}
-    (found,) = deferred.backward_inputs([result], [gradient], [x])
+    (found,) = deferred.backward_inputs(deferred.roots([result]), [gradient], [x])
     del result, gradient, found
     assert len(before) - len(saved) == 2  # of tanh, which share their storage with what linear layers keep
     assert kept() == ["Mlp"]
@@ -378,7 +378,7 @@ def test_what_a_bias_is_added_to_is_not_kept() -> None:
         storage = StorageWeakRef(y.untyped_storage())
     del y
     assert not storage.expired()  # exp keeps its result for I
-    deferred.backward_inputs([result], [result.detach()], [x])
+    deferred.backward_inputs(deferred.roots([result]), [result.detach()], [x])
     assert storage.expired()
 
 
@@ -412,7 +412,7 @@ def test_nothing_is_computed_twice() -> None:
     with Counted() as forward, (deferred := Deferred(stage.parameters())).recording():
         loss = stage(x).sum()
     with Counted() as inputs:
-        deferred.backward_inputs([loss], [torch.ones(())], [x])
+        deferred.backward_inputs(deferred.roots([loss]), [torch.ones(())], [x])
     with Counted() as weights:
         deferred.backward_weights()
     assert _heavy(forward.counts) == {"aten.mm.default": 1, "aten.addmm.default": 5}
@@ -428,7 +428,7 @@ def test_gradients_of_derived_weights_wait_too() -> None:
         with deferred.recording():
             result = stage(x.requires_grad_())
         with Counted() as inputs:
-            deferred.backward_inputs([result], [result.detach()], [x])
+            deferred.backward_inputs(deferred.roots([result]), [result.detach()], [x])
         assert _heavy(inputs.counts) == {"aten.mm.default": products}
 
 
