@@ -45,7 +45,7 @@ PAIRS = [
 """Ours, theirs, and the mark for the ratio."""
 
 
-def model() -> LlamaForCausalLM:
+def model(num_layers: int = 4) -> LlamaForCausalLM:
     """The same model everywhere, with the same weights."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -53,7 +53,7 @@ def model() -> LlamaForCausalLM:
             vocab_size=1024,
             hidden_size=256,
             intermediate_size=688,
-            num_hidden_layers=4,
+            num_hidden_layers=num_layers,
             num_attention_heads=8,
             num_key_value_heads=8,
             use_cache=False,
