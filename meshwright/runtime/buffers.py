@@ -65,7 +65,7 @@ def _normalized(
 ) -> torch.Tensor:
     operands = [t for t in (x, weight, bias) if t is not None]
     if has_torch_function(operands):  # a mode would not see an autograd function
-        return handle_torch_function(_normalized, operands, x, weight, bias, *statistics)  # type: ignore[no-any-return]
+        return handle_torch_function(_normalized, operands, x, weight, bias, *statistics)
     result: torch.Tensor = _Normalization.apply(x, weight, bias, *statistics)  # type: ignore[no-untyped-call]
     return result
 

@@ -35,7 +35,7 @@ class _Conversion(torch.autograd.Function):
 
 def _convert(x: torch.Tensor, forward: Convert | None, backward: Convert | None) -> torch.Tensor:
     if has_torch_function_unary(x):  # a mode would not see an autograd function
-        return handle_torch_function(_convert, (x,), x, forward, backward)  # type: ignore[no-any-return]
+        return handle_torch_function(_convert, (x,), x, forward, backward)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x if forward is None else forward(x)
     result: torch.Tensor = _Conversion.apply(x, forward, backward)  # type: ignore[no-untyped-call]

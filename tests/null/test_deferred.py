@@ -66,7 +66,7 @@ def _twice(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _weight_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
     weight = m.vector.unsqueeze(-1) * m.square / m.square.norm(dim=1, keepdim=True)
-    return F.linear(torch.tanh(F.linear(x, weight)), weight) + weight.sum() * x.mean()
+    return F.linear(torch.tanh(F.linear(x, weight)), weight) + weight.sum() * x.mean()  # type: ignore[no-any-return]
 
 
 def _in_place(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def _in_place(m: Any, x: torch.Tensor) -> torch.Tensor:
     y[:, 0] = m.vector
     y[:, 1:] += F.linear(x, m.square)[:, 1:]
     y.add_(m.bias)
-    return torch.tanh(y) * m.scale
+    return torch.tanh(y) * m.scale  # type: ignore[no-any-return]
 
 
 def _weight_that_becomes_data(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -88,13 +88,13 @@ def _weight_that_becomes_data(m: Any, x: torch.Tensor) -> torch.Tensor:
 def _without_grad(m: Any, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         target = F.linear(x, m.square).softmax(-1)
-    return F.linear(x, m.square) * target + (x @ m.other).detach() * m.scale
+    return F.linear(x, m.square) * target + (x @ m.other).detach() * m.scale  # type: ignore[no-any-return]
 
 
 def _complex(m: Any, x: torch.Tensor) -> torch.Tensor:
     z = torch.complex(x, F.linear(x, m.square)) * torch.complex(m.vector, m.bias)
     z = torch.fft.ifft(torch.fft.fft(z, dim=-1) @ torch.complex(m.square, m.other), dim=-1)
-    return z.abs() + z.real * z.imag
+    return z.abs() + z.real * z.imag  # type: ignore[no-any-return]
 
 
 def _weight_results(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -111,11 +111,11 @@ def _views(m: Any, x: torch.Tensor) -> torch.Tensor:
     alike[0, :4].view_as(m.square).mul_(2.0)
     alike.to(m.square).unsqueeze(0).type_as(m.vector).add_(1.0)
     derived = m.vector * m.scale
-    return F.linear(alike, m.square) * derived.expand_as(x) + x.type_as(m.vector) * derived
+    return F.linear(alike, m.square) * derived.expand_as(x) + x.type_as(m.vector) * derived  # type: ignore[no-any-return]
 
 
 def _penalty(m: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, m.square).pow(2).mean() + 0.1 * m.square.pow(2).sum() + m.other.abs().mean()
+    return F.linear(x, m.square).pow(2).mean() + 0.1 * m.square.pow(2).sum() + m.other.abs().mean()  # type: ignore[no-any-return]
 
 
 def _several(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -164,7 +164,7 @@ CASES: Mapping[str, Run] = {
     "results that are weights": _weight_results,
     "a penalty on a weight": _penalty,
     "weights alone": lambda m, x: m.square.pow(2).sum(),
-    "a result that nobody uses": lambda m, x: torch._foreach_mul([x, x], [m.vector, m.bias])[0],  # type: ignore[attr-defined]
+    "a result that nobody uses": lambda m, x: torch._foreach_mul([x, x], [m.vector, m.bias])[0],
     "iterated": lambda m, x: sum(F.linear(x, row.unsqueeze(0)) for row in m.square),
     "a custom operator": lambda m, x: halve(F.linear(halve(x, m.vector), m.square), m.vector),
     "a user's autograd function": _user_function,
@@ -209,7 +209,7 @@ def watched(stage: nn.Module, accumulated: bool = True) -> Iterator[list[str]]:
     for name, p in stage.named_parameters():
         if p.requires_grad:
             register = p.register_post_accumulate_grad_hook if accumulated else p.register_hook
-            hooks.append(register(partial(_note, called, name)))
+            hooks.append(register(partial(_note, called, name)))  # type: ignore[no-untyped-call]
     yield called
     for hook in hooks:
         hook.remove()
@@ -303,7 +303,7 @@ def test_hard_models(name: str) -> None:
 def test_an_operator_that_writes_to_its_data_unseen_is_refused() -> None:
     def write(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if has_torch_function((x, weight)):
-            return handle_torch_function(write, (x, weight), x, weight)  # type: ignore[no-any-return]
+            return handle_torch_function(write, (x, weight), x, weight)
         return x.mul_(weight)
 
     stage, (x,) = build("a linear layer")
@@ -389,7 +389,7 @@ class Counted(TorchDispatchMode):
     """Counts operators."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
