@@ -26,7 +26,7 @@ Step = Sequence[Sequence[Ran]]
 
 def ran(timed: Sequence[Timed], stage: int) -> list[Ran]:
     """The executor's record of a step. stage: that of actions that do not name theirs."""
-    return [Ran(_compute(action, stage), begin, end) for action, begin, end in timed]
+    return [Ran(_compute(action, stage), begin, end) for action, _, begin, end in timed]
 
 
 def _compute(action: Action, stage: int) -> Compute:

@@ -13,7 +13,7 @@ from meshwright.runtime.errors import RankError
 from meshwright.runtime.groups import Groups
 from meshwright.runtime.mail import Mail
 from meshwright.runtime.messages import Links, Packet, Place
-from meshwright.runtime.stage import StageRun, Values
+from meshwright.runtime.stage import Arrived, StageRun, Values
 
 
 class Turn(NamedTuple):
@@ -35,9 +35,10 @@ class Turn(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """When a computation ran, in seconds of ``time.perf_counter``."""
+    """When a computation ran, in seconds: from ``asked`` to ``begin`` it waited for what it takes."""
 
     action: Action
+    asked: float
     begin: float
     end: float
 
@@ -48,7 +49,7 @@ class Executor:
 
     before_backward(stage, kind, last), after_backward(stage, kind): called around every backward, ``last`` with the one
     after which the stage's gradients are complete. entering(microbatch): called before every computation. timed: when
-    the computations of the last step ran.
+    the computations of the last step ran, by ``clock``.
     """
 
     stages: Mapping[int, StageRun]
@@ -57,6 +58,7 @@ class Executor:
     before_backward: Callable[[int, Kind, bool], None]
     after_backward: Callable[[int, Kind], None]
     entering: Callable[[int], None] = lambda microbatch: None
+    clock: Callable[[], float] = time.perf_counter
     mail: Mail = field(init=False)
     timed: list[Timed] = field(default_factory=list)
 
@@ -116,40 +118,50 @@ class Executor:
                     raise self._failure(turn, error, f"in the messages {where} ") from error
             if not turn.runs:
                 continue
-            begin = time.perf_counter()
             try:
                 self.entering(turn.action.microbatch)
-                loss = self._compute(turn, batches, prepared, grad)
+                asked = self.clock()
+                arrived = self._arrived(turn)
+                begin = self.clock()
+                loss = self._compute(turn, arrived, batches, prepared, grad)
+                self.timed.append(Timed(turn.action, asked, begin, self.clock()))
             except Exception as error:
                 raise self._failure(turn, error, "in ") from error
-            self.timed.append(Timed(turn.action, begin, time.perf_counter()))
             if loss is not None:
                 total = loss if total is None else total + loss
         self.mail.end()
         return total
 
+    def _arrived(self, turn: Turn) -> Arrived:
+        """What other stages have for a computation, waited for."""
+        stage = self.stages[turn.place.stage]
+        if turn.action.kind == "W":
+            return ()
+        return self.mail.take(turn.place, stage.expected if turn.place.forward else stage.awaited)
+
     def _compute(
-        self, turn: Turn, batches: Sequence[Values], prepared: Mapping[int, Values], grad: bool
+        self,
+        turn: Turn,
+        arrived: Arrived,
+        batches: Sequence[Values],
+        prepared: Mapping[int, Values],
+        grad: bool,
     ) -> torch.Tensor | None:
         """One computation; returns the loss of a forward that has it."""
-        place, stage, kind = turn.place, self.stages[turn.place.stage], turn.action.kind
+        (index, _, microbatch), stage, kind = turn.place, self.stages[turn.place.stage], turn.action.kind
         if kind == "F":
-            available = {**batches[place.microbatch], **prepared[place.stage]}
-            arrived = self.mail.take(place, stage.expected)
-            results = stage.forward(place.microbatch, arrived, available, self.mail.shapes, grad=grad, split=turn.split)
+            available = {**batches[microbatch], **prepared[index]}
+            results = stage.forward(microbatch, arrived, available, self.mail.shapes, grad=grad, split=turn.split)
             if stage.has_loss:
                 return results["loss"]  # type: ignore[no-any-return]
-        elif kind == "W":
-            self.before_backward(place.stage, kind, turn.last)
-            stage.backward_weights(place.microbatch)
-            self.after_backward(place.stage, kind)
+            self.mail.put(turn.place, results, turn.receivers)
             return None
+        self.before_backward(index, kind, turn.last)
+        if kind == "W":
+            stage.backward_weights(microbatch)
         else:
-            arrived = self.mail.take(place, stage.awaited)
-            self.before_backward(place.stage, kind, turn.last)
-            results = stage.backward(place.microbatch, arrived)
-            self.after_backward(place.stage, kind)
-        self.mail.put(place, results, turn.receivers)
+            self.mail.put(turn.place, stage.backward(microbatch, arrived), turn.receivers)
+        self.after_backward(index, kind)
         return None
 
     def _place(self, action: Action) -> Place:

@@ -1,23 +1,27 @@
 """The Trainer: what a user's script holds on a rank."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from meshwright.runtime import checkpoint, gathering
+from meshwright.runtime import checkpoint, gathering, recording
 from meshwright.runtime.actions import Kind, forwards
 from meshwright.runtime.batches import Batch, microbatch_parts, named, replica_part, symbols_of
 from meshwright.runtime.buckets import gather_frozen, gather_in_modules, make_units, needed_groups
 from meshwright.runtime.errors import BundleError, MeshwrightError, PlanError, RankError
-from meshwright.runtime.executor import Executor, Turn
+from meshwright.runtime.executor import Executor, Timed, Turn
 from meshwright.runtime.groups import placement_of, start, using
 from meshwright.runtime.manifest import actions_of, load_manifest, stage_class
 from meshwright.runtime.messages import Links
 from meshwright.runtime.parameters import Declared, Param
+from meshwright.runtime.recording import clock_of
 from meshwright.runtime.stage import StageRun
+from meshwright.runtime.traces import chrome_trace
 from meshwright.runtime.weights import Weights
 from meshwright.runtime.wire import Finish
 
@@ -53,6 +57,7 @@ class Trainer:
         self.rank = self.groups.rank
         self.num_steps = 0
         self.seed = seed
+        self._traced: list[Timed] | None = None
         self._watch = self.groups.wire.watch()
         with self._reporting("setting up"):
             for axis in self.manifest["mesh"]:
@@ -181,6 +186,8 @@ class Trainer:
         prepared = {index: stage.prepare(here) for index, stage in stages.items()}
         total = self.executor.run(turns, parts, prepared, symbols, kind == "training")
         self._uses.end()
+        if self._traced is not None:
+            self._traced += self.executor.timed
         return self._global_loss(total)
 
     def _global_loss(self, total: torch.Tensor | None) -> tuple[torch.Tensor, Finish]:
@@ -239,6 +246,36 @@ class Trainer:
         """Stop watching the other ranks, before the process group goes; a process that ends does so by itself."""
         if self._watch is not None:
             self._watch.stop()
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Write what all ranks compute inside, and what they wait for, as a trace for Perfetto and chrome://tracing.
+
+        Rank 0 writes the file ``path`` at the end. ``meshwright timeline --trace`` writes the same of the simulated
+        step, to be laid beside it. On CUDA every computation is waited for, so that its time is its own.
+
+        >>> with trainer.trace("step.json"):
+        ...     trainer.step(part)
+        """
+        executor, clock = self.executor, self.executor.clock
+        executor.clock = clock_of(self.groups.device)
+        self._traced = []
+        try:
+            with self._reporting("tracing"):
+                self._everyone(None)  # so that all clocks begin together
+            origin = executor.clock()
+            yield
+            with self._reporting("tracing"):
+                slices = self._everyone(recording.slices(self.rank, self._traced, origin))
+                levels = self._everyone(recording.levels(self.rank, self._traced, origin))
+            if self.rank == 0:
+                Path(path).write_text(chrome_trace(itertools.chain(*slices), itertools.chain(*levels)))
+        finally:
+            executor.clock, self._traced = clock, None
+
+    def _everyone(self, value: Any) -> list[Any]:
+        """Every rank's plain data, by rank."""
+        return [value] if self._watch is None else self.groups.wire.world.gather_objects(value)
 
     # Inside
 
