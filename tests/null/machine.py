@@ -123,12 +123,12 @@ def can_run(
 
 
 def complete(done: Sequence[tuple[int, str, int]], num_microbatches: int) -> bool:
-    """Every forward once, every backward whole or in both parts, gradients added up in ascending order."""
+    """Every forward once, every backward whole or in both parts; forwards and sums of gradients ascend."""
     by_kind = {kind: [m for _, k, m in done if k == kind] for kind in "FBIW"}
     steps = list(range(num_microbatches))
     gradients = [m for _, kind, m in done if kind in "BW"]
     return (
-        sorted(by_kind["F"]) == steps
+        by_kind["F"] == steps
         and gradients == steps
         and sorted(by_kind["I"]) == sorted(by_kind["W"])
         and not set(by_kind["B"]) & set(by_kind["I"])

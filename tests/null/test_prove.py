@@ -69,7 +69,7 @@ CASES: dict[str, tuple[list[str], list[Edge], str]] = {
         "B0>s0 on pipeline rank 1 sends to s1>B0 on pipeline rank 0, though no edge between them needs it",
     ),
     "message order": (
-        [FIRST, "s0>F1  s0>F0  B0>s0  B1>s0"],
+        [FIRST, "s0>[F1]  s0>F0  F1  B0>s0  B1>s0"],
         [(0, 1)],
         "send 0 from pipeline rank 0 to pipeline rank 1 is that of F0, but receive 0 there is that of F1",
     ),

@@ -72,8 +72,8 @@ def coverage(case: Case) -> Iterator[str]:
 
 
 def local_order(case: Case) -> Iterator[str]:
-    """On its rank an action follows what it takes from there; backwards ascend, so that sums of gradients compare bit
-    for bit.
+    """On its rank an action follows what it takes from there. Forwards ascend, because they may write to buffers;
+    backwards too, so that sums of gradients compare bit for bit.
     """
     forward = {edge[:2] for edge in case.edges}
     backward = {(edge[1], edge[0]) for edge in case.edges if edge[2:] != (False,)}
@@ -81,6 +81,7 @@ def local_order(case: Case) -> Iterator[str]:
         own = case.stages_of[rank]
         done: set[tuple[str, int, int]] = set()
         latest: dict[int, Action] = {}
+        newest: dict[int, Action] = {}
         for action in row:
             if not action.runs:
                 continue
@@ -90,6 +91,11 @@ def local_order(case: Case) -> Iterator[str]:
             if action.kind == "W" and ("B", stage, microbatch) not in done:
                 yield f"{case.at(rank, action)} is before {case.name('I', stage, microbatch)}, its other part"
             made = "F" if action.kind == "F" else "B"
+            if made == "F":
+                before = newest.get(stage)
+                if before is not None and before.microbatch > microbatch:
+                    yield f"{case.at(rank, action)} is after the forward {render([before], 'stage')} of a later one"
+                newest[stage] = action
             for source in own if action.kind != "W" else ():
                 if (source, stage) in (forward if made == "F" else backward) and (made, source, microbatch) not in done:
                     name = f"{source}{made}{microbatch}"
