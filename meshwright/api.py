@@ -29,6 +29,7 @@ from meshwright.passes.propagate import factor, propagate
 from meshwright.passes.reshard import reshard
 from meshwright.passes.rules import DEFAULT_RULES, Rules, by_overload, is_pointwise
 from meshwright.passes.schedules.planned import planned
+from meshwright.passes.timing import costs, timing
 from meshwright.passes.verify import verify
 
 Progress = Callable[[str, float], None]
@@ -112,10 +113,12 @@ def compile_parallel(
         done("propagate")
         typed = reshard(blocks, typings)  # before the cut: an edge has the types of its value
         done("reshard")
-        parts = partition(typed, pipeline.num_stages, plan.split, priced)
+        timed = timing(typed, mesh, plan, priced, captured.symbols)  # of the types: a rank computes its pieces
+        parts = partition(typed, pipeline.num_stages, plan.split, timed.seconds)
         done("partition")
         unruled = without_rule(typed, rules, dict(mesh.axes), captured.symbols)  # the conversions are known now
-        lowered = lower(captured, typed, parts, mesh, plan, pipeline, (*kept_in_eval(captured), *unruled))
+        told = (*kept_in_eval(captured), *unruled)
+        lowered = lower(captured, typed, parts, costs(parts, timed), mesh, plan, pipeline, told)
         for line in lowered.warnings:
             warnings.warn(line, stacklevel=2)
         done("lower")

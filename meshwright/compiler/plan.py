@@ -5,6 +5,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from meshwright.compiler.errors import PlanError, UnsupportedError
@@ -40,7 +41,10 @@ class Plan:
     each of its ranks computes, in order. Whatever it is, it is proven before it is used.
     stages_per_rank: how many stages ("chunks", "virtual stages") every pipeline rank runs; None: as the schedule does,
     2 where it runs any number of them. Which stages a rank runs follows from the schedule.
-    split: names of the modules where the 2nd, 3rd, ... stage begins; None: balanced by modelled time.
+    split: names of the modules where the 2nd, 3rd, ... stage begins; None: balanced by time.
+    times: measured times of modules, which take the place of modelled ones: a file that ``meshwright profile`` wrote,
+    or {module: {"forward": seconds, "inputs": seconds, "weights": seconds}} for one microbatch.
+    max_activation_bytes: what schedule="auto" may keep alive on a rank, by the model of what forwards keep.
     sequence_parallel: True lets the tensor axis split the sequence where activations would be whole on it.
     recompute: "none".
     precision: None keeps the model's dtypes; "fp64" reads every floating dtype as float64, for proofs.
@@ -58,6 +62,8 @@ class Plan:
     schedule: str | Callable[[Any], Any] = "1f1b"
     stages_per_rank: int | None = None
     split: tuple[str, ...] | None = None
+    times: str | Path | Mapping[str, Mapping[str, float]] | None = None
+    max_activation_bytes: float | None = None
     sequence_parallel: bool = False
     recompute: str = "none"
     precision: Literal["fp64"] | None = None
@@ -84,6 +90,8 @@ class Plan:
             if isinstance(self.split, str):
                 raise PlanError(f"split={self.split!r}: a list of module names, one for each stage after the first")
             object.__setattr__(self, "split", tuple(self.split))
+        if self.max_activation_bytes is not None and not self.max_activation_bytes > 0:
+            raise PlanError(f"max_activation_bytes={self.max_activation_bytes!r}: a number of bytes, or None")
         if self.recompute != "none":
             raise UnsupportedError(f"recompute={self.recompute!r} is not supported yet: use 'none'")
         if self.precision not in (None, "fp64"):

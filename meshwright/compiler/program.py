@@ -53,12 +53,25 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageCost:
+    """What one microbatch of a stage costs a rank: seconds of the forward and of both parts of the backward, and the
+    bytes that the forward keeps for it.
+    """
+
+    forward: float
+    inputs: float
+    weights: float
+    activations: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """What the ranks that run a pipeline stage do for it.
 
     function: placeholders are batch inputs, received edges and prepared values by name; its results are what it
     sends, in the order of ``sends``, or the loss on the last stage.
     prepare: None, or the function run once per step on the replica's whole batch, with results named ``prepares``.
+    cost: what a microbatch costs.
     """
 
     index: int
@@ -69,6 +82,7 @@ class Stage:
     sends: tuple[Edge, ...]
     prepare: Function | None
     prepares: tuple[str, ...]
+    cost: StageCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +103,7 @@ class Lowered:
     """Everything that codegen needs.
 
     blocks: by the module path of every instance. parameters: by the names that graphs use (segments apart). random: the
-    sites of random operators, in the order of the model's calls.
+    sites of random operators, in the order of the model's calls. message: seconds from one stage to another.
     """
 
     capture: Capture
@@ -103,4 +117,5 @@ class Lowered:
     buffers: Mapping[str, Kept]
     random: Mapping[str, Drawn]
     loss: Value
+    message: float
     warnings: tuple[str, ...] = ()

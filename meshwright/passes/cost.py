@@ -8,6 +8,7 @@ of its big sisters (features up to 8192, 4096 tokens), so that it gets the same 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -76,21 +77,44 @@ _FREE = {
 }  # fmt: skip
 
 
-def compute_time(prices: Prices, node: fx.Node, operands: tuple[Value, ...], results: tuple[Value, ...]) -> float:
-    """Seconds of forward and backward of one operator on whole tensors."""
+class Times(NamedTuple):
+    """Seconds: of a forward, of the backward for the inputs and of the backward for the weights."""
+
+    forward: float = 0.0
+    inputs: float = 0.0
+    weights: float = 0.0
+
+    def __add__(self, other: "Times") -> "Times":  # type: ignore[override]
+        return Times(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def __mul__(self, factor: float) -> "Times":  # type: ignore[override]
+        return Times(*(factor * time for time in self))
+
+
+def compute_times(prices: Prices, node: fx.Node, operands: tuple[Value, ...], results: tuple[Value, ...]) -> Times:
+    """Seconds of one operator on whole tensors.
+
+    A product takes as long as its forward for the gradient of each operand, anything else for those of all operands
+    together, divided between data and parameters.
+    """
     if node.target in _FREE or not results:
-        return 0.0
-    grad = any(value.grad for value in results)
+        return Times()
+    learning = [value.made_of for value in operands if value.grad] if any(value.grad for value in results) else []
+    data, parameters = learning.count("data"), learning.count("parameters")
     if node.target in _PRODUCTS:
         left, right = operands
         contracted = right.shape[-1 if node.target is aten.linear.default else -2 if len(right.shape) > 1 else 0]
-        return 2 * prices.elements(results[0]) * prices.size(contracted) / FLOPS * (3 if grad else 1)
+        forward = 2 * prices.elements(results[0]) * prices.size(contracted) / FLOPS
+        return Times(forward, forward * data, forward * parameters)
     if node.target in (aten.scaled_dot_product_attention.default, attention_with_dropout):
-        return 4 * prices.elements(results[0]) * prices.size(operands[1].shape[-2]) / FLOPS * (3 if grad else 1)
+        forward = 4 * prices.elements(results[0]) * prices.size(operands[1].shape[-2]) / FLOPS
+        return Times(forward, 2 * forward if data else 0.0, 2 * forward if parameters and not data else 0.0)
     traffic = sum(prices.elements(value) for value in (*operands, *results)) * BYTES
     if node.target is aten.embedding.default:
         traffic = 3 * prices.elements(results[0]) * BYTES
-    return traffic / MEMORY_BANDWIDTH * (2 if grad else 1) * (3 if node.target is F.cross_entropy else 1)
+    forward = traffic / MEMORY_BANDWIDTH * (3 if node.target is F.cross_entropy else 1)
+    backward = forward / (bool(data) + bool(parameters) or 1)
+    return Times(forward, backward if data else 0.0, backward if parameters else 0.0)
 
 
 _VOLUME = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 0.5, None: 0.0}

@@ -12,12 +12,12 @@ from meshwright.compiler.errors import InternalError, PlanError, UnsupportedErro
 from meshwright.compiler.graph import Capture, Function, Value
 from meshwright.compiler.mesh import MICROBATCH_AXIS, Mesh
 from meshwright.compiler.plan import Plan
-from meshwright.compiler.program import Edge, Kept, Lowered, Placed, Stage, Step
+from meshwright.compiler.program import Edge, Kept, Lowered, Placed, Stage, StageCost, Step
 from meshwright.compiler.types import Held, I, R, S, Type
 from meshwright.compiler.written import is_writer, writes
 from meshwright.passes.drawn import drawn
 from meshwright.passes.partition import Partition
-from meshwright.passes.schedules import Pipeline
+from meshwright.passes.schedules import Costs, Pipeline
 from meshwright.passes.schedules.planned import Planned
 from meshwright.runtime.collectives import all_reduce, part_of_mean
 
@@ -28,6 +28,7 @@ def lower(
     capture: Capture,
     blocks: Blocks,
     parts: Partition,
+    costs: Costs,
     mesh: Mesh,
     plan: Plan,
     pipeline: Planned,
@@ -46,7 +47,7 @@ def lower(
     ]
     pairs = [(e.source, d, e.value.grad) for e in edges for d in e.destinations]
     made = pipeline.make(
-        Pipeline.of(pipeline.num_ranks, pipeline.num_microbatches, pipeline.num_chunks, edges=pairs),
+        Pipeline.of(pipeline.num_ranks, pipeline.num_microbatches, pipeline.num_chunks, edges=pairs, costs=costs),
     )
     stages = tuple(
         Stage(
@@ -58,6 +59,12 @@ def lower(
             sends=tuple(e for e in edges if e.source == k),
             prepare=functions[k][1],
             prepares=tuple(cutter.prepared.values()),
+            cost=StageCost(
+                forward=costs.forward[k],
+                inputs=costs.inputs[k],
+                weights=costs.weights[k],
+                activations=costs.activations[k],
+            ),
         )
         for k, cutter in enumerate(cutters)
     )
@@ -76,6 +83,7 @@ def lower(
         buffers=buffers,
         random=random,
         loss=blocks.main.values[loss],
+        message=costs.message,
         warnings=warnings,
     )
 

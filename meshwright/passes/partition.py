@@ -1,4 +1,4 @@
-"""Partition: cut the main function into pipeline stages of balanced cost, at module boundaries."""
+"""Partition: cut the main function into pipeline stages of balanced time, at module boundaries."""
 
 import difflib
 import itertools
@@ -13,8 +13,6 @@ from meshwright.compiler.errors import PlanError
 from meshwright.compiler.frames import module_stack
 from meshwright.compiler.graph import Function
 from meshwright.compiler.written import writes
-from meshwright.passes.cost import Prices, compute_time, holding_time
-from meshwright.passes.rows import operands, results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,17 +23,20 @@ class Partition:
     costs: tuple[float, ...]
 
 
-def partition(blocks: Blocks, num_stages: int, split: tuple[str, ...] | None, prices: Prices) -> Partition:
-    """Cut at ``split`` (the modules where the 2nd, 3rd, ... stage begins), else where the largest modelled time is
-    least.
+def partition(
+    blocks: Blocks, num_stages: int, split: tuple[str, ...] | None, seconds: Mapping[fx.Node, float]
+) -> Partition:
+    """Cut at ``split`` (the modules where the 2nd, 3rd, ... stage begins), else where the largest time is least.
 
-    The best cut is found by dynamic programming over the boundaries. Raises PlanError for an unknown module and for
-    more
-    stages than there are boundaries.
+    seconds: by node, of one microbatch; everything with data counts, what is outside of blocks too. The best cut is
+    found by dynamic programming over the boundaries. It is the largest stage that counts also where a rank has several:
+    a schedule of v stages on each of p ranks hands every microbatch from stage to stage, so that each waits for the
+    slowest, and no rank has more than v times that. Raises PlanError for an unknown module and for more stages than
+    there are boundaries.
     """
     main = blocks.main
-    units = [node for node in main.graph.nodes if node.op != "output" and _is_data(main, node)]
-    times = [_time(blocks, node, prices) for node in units]
+    units = _units(main)
+    times = [seconds[node] for node in units]
     if split is not None:
         if len(split) != num_stages - 1:
             raise PlanError(
@@ -60,35 +61,20 @@ def partition(blocks: Blocks, num_stages: int, split: tuple[str, ...] | None, pr
     return Partition(stage=stage, costs=tuple(sum(times[a:b]) for a, b in zip(edges, edges[1:], strict=False)))
 
 
-def _is_data(main: Function, node: fx.Node) -> bool:
+def cut_places(blocks: Blocks) -> int:
+    """How many places there are to cut a model: there may be as many stages and one more."""
+    return len(_boundaries(blocks.main, _units(blocks.main)))
+
+
+def _units(main: Function) -> list[fx.Node]:
+    return [node for node in main.graph.nodes if node.op != "output" and is_data(main, node)]
+
+
+def is_data(main: Function, node: fx.Node) -> bool:
     """Whether a node belongs to one stage: what inputs or parameters alone give is made again wherever it is needed."""
     if node in main.values:
         return main.values[node].made_of == "data"
-    return any(_is_data(main, n) for n in node.all_input_nodes)
-
-
-def _time(blocks: Blocks, node: fx.Node, prices: Prices) -> float:
-    if node.op != "call_module":
-        return _time_in(blocks.main, node, prices)
-    function = blocks.of(str(node.target)).function
-    return sum(_time_in(function, inner, prices) for inner in function.graph.nodes)
-
-
-def _time_in(function: Function, node: fx.Node, prices: Prices) -> float:
-    if node.op != "call_function" or node not in function.values:
-        return 0.0
-    tensors = [n for n in operands(node) if n in function.values]
-    time = compute_time(
-        prices,
-        node,
-        tuple(function.values[n] for n in tensors),
-        tuple(function.values[n] for n in results(function, node)),
-    )
-    return time + sum(
-        holding_time(prices, function.values[n], False, False, 1)
-        for n in tensors
-        if n.op == "get_attr" and function.values[n].made_of == "parameters"
-    )
+    return any(is_data(main, n) for n in node.all_input_nodes)
 
 
 def _start_of(units: list[fx.Node], name: str) -> int:

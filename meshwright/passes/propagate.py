@@ -18,7 +18,7 @@ from meshwright.compiler.types import I, P, R, S, Type
 from meshwright.compiler.written import ONCE_PER_STEP, is_writer, is_written, only_stored
 from meshwright.passes.axes import Axis
 from meshwright.passes.carry import FactorTables, carried_splits
-from meshwright.passes.cost import Prices, compute_time, conversion_time, holding_time, is_conversion
+from meshwright.passes.cost import Prices, compute_times, conversion_time, holding_time, is_conversion
 from meshwright.passes.refusals import mixed, no_types, where
 from meshwright.passes.rows import (
     Row,
@@ -263,7 +263,7 @@ class _Solver:
             return row, holding_time(self.prices, values[node], split, pending, self.axis.size)
         if node.op != "call_function":
             return row, 0.0
-        return row, compute_time(self.prices, node, ins, outs) * row.share
+        return row, sum(compute_times(self.prices, node, ins, outs)) * row.share
 
     def _conversion(self, node: fx.Node, source: Type, target: Type) -> float | None:
         value = self.function.values[node]

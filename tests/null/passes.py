@@ -23,6 +23,7 @@ from meshwright.passes.propagate import factor, propagate
 from meshwright.passes.reshard import reshard
 from meshwright.passes.rules import DEFAULT_RULES, is_pointwise
 from meshwright.passes.schedules.planned import planned
+from meshwright.passes.timing import Timing, costs, timing
 from tests.null.simulate import simulate
 
 Batch = Mapping[str, Any] | tuple[Any, ...]
@@ -64,18 +65,22 @@ def parted(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int
     """The typed blocks and the stage of every node."""
     chosen, captured = plan or Plan(), capture(model, batch, segment=True, is_known=is_known)
     blocks = _typed(captured, Mesh(**mesh), chosen)
+    return blocks, partition(blocks, mesh.get("pp", 1), chosen.split, timed(captured, blocks, chosen, **mesh).seconds)
+
+
+def timed(captured: Capture, blocks: Blocks, plan: Plan, **mesh: int) -> Timing:
+    """The times of typed blocks."""
     priced = prices(captured.function, BATCH, captured.symbols)
-    return blocks, partition(blocks, mesh.get("pp", 1), chosen.split, priced)
+    return timing(blocks, Mesh(**mesh), plan, priced, captured.symbols)
 
 
 def lowered(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int) -> Lowered:
     """The whole program."""
     chosen, captured = plan or Plan(), capture(model, batch, segment=True, is_known=is_known)
     blocks = _typed(captured, Mesh(**mesh), chosen)
-    priced = prices(captured.function, BATCH, captured.symbols)
-    pipeline = planned(chosen, mesh.get("pp", 1))
-    parts = partition(blocks, pipeline.num_stages, chosen.split, priced)
-    return lower(captured, blocks, parts, Mesh(**mesh), chosen, pipeline)
+    times, pipeline = timed(captured, blocks, chosen, **mesh), planned(chosen, mesh.get("pp", 1))
+    parts = partition(blocks, pipeline.num_stages, chosen.split, times.seconds)
+    return lower(captured, blocks, parts, costs(parts, times), Mesh(**mesh), chosen, pipeline)
 
 
 def _typed(captured: Capture, mesh: Mesh, plan: Plan) -> Blocks:

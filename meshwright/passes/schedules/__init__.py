@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+EQUAL = 1.01
+"""Steps whose times differ by less are equally fast."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """A step of a pipeline.
@@ -104,7 +108,8 @@ def fastest(pipelines: Mapping[int, Pipeline], most_bytes: float | None = None) 
     """The schedule of the shortest simulated step that keeps at most ``most_bytes`` of activations alive on any rank.
 
     pipelines: the same step cut into so many chunks a rank, with its costs; schedules of other numbers of chunks are
-    not tried. Among equals the one with the lower peak, then the simpler. Raises PlanError where none keeps to it.
+    not tried. Among those that are as fast within 1 %, which no costs are as exact as, the one with the lowest peak,
+    then the simplest. Raises PlanError where none keeps to it.
     """
     tried: list[tuple[float, float, Schedule]] = []
     for num_chunks, pipeline in sorted(pipelines.items()):
@@ -121,4 +126,5 @@ def fastest(pipelines: Mapping[int, Pipeline], most_bytes: float | None = None) 
             f"no schedule keeps at most {most_bytes:g} bytes of activations alive on every pipeline rank: "
             f"{least.name!r} needs the least, {needed:g}\n  use more microbatches or more pipeline ranks"
         )
-    return min(fitting, key=lambda one: one[:2])[2]
+    shortest = min(one[0] for one in fitting)
+    return min((one for one in fitting if one[0] <= EQUAL * shortest), key=lambda one: one[1])[2]
