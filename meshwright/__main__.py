@@ -1,4 +1,4 @@
-"""The command line: compile a model, explain a bundle, verify a bundle."""
+"""The command line: compile a model or measure it; explain a bundle, verify it or see a step of it in time."""
 
 import importlib
 import json
@@ -14,9 +14,12 @@ from rich.status import Status
 from meshwright.api import compile_parallel
 from meshwright.codegen.bundle import verify_bundle
 from meshwright.codegen.report import explain_manifest
+from meshwright.codegen.steps import step_of
 from meshwright.compiler.errors import BundleError, MeshwrightError, PlanError
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.plan import Plan
+from meshwright.passes.schedules import drawing, timeline
+from meshwright.profile import profile
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Directory = Annotated[Path, typer.Argument(help="A bundle that compile wrote.")]
@@ -58,6 +61,40 @@ def verify_command(directory: Directory) -> None:
     """Check a bundle from its manifest and files alone: names, shapes, types, schedules, message order."""
     for line in verify_bundle(directory):
         typer.echo(line)
+
+
+@app.command("timeline")
+def timeline_command(
+    directory: Directory,
+    svg: Annotated[Path | None, typer.Option(help="Draw the step into this file.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the step as a trace for Perfetto.")] = None,
+) -> None:
+    """Show a step of a bundle in time, simulated by the costs that it was compiled with."""
+    manifest = load_manifest(directory)
+    step = step_of(manifest)
+    typer.echo(timeline.text(step, timeline.readable(step)), nl=False)
+    title = f"{manifest['model']}, {manifest['plan']['schedule']}, {manifest['times']} times in seconds"
+    if svg is not None:
+        _write(svg, drawing.svg(step, title))
+    if trace is not None:
+        _write(trace, timeline.trace(step))
+
+
+@app.command("profile")
+def profile_command(
+    factory: Annotated[str, typer.Argument(help="MODULE:FACTORY, a function that returns (model, example_inputs).")],
+    mesh: Annotated[str, typer.Option(help="Axes and sizes, outermost first: dp=2,pp=2,tp=2.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, for Plan(times=...).")],
+    plan: Annotated[Path | None, typer.Option(help="A TOML file with the choices of Plan.")] = None,
+    device: Annotated[str, typer.Option(help="What to measure on: cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Measure the modules of a model on this machine, on one microbatch of the mesh."""
+    with Console(stderr=True).status("measuring"):
+        model, example = load_factory(factory)()
+        found = profile(model, parse_mesh(mesh), example_inputs=example, plan=load_plan(plan), device=device)
+    _write(output, found.text())
+    total = sum(sum(times) for times in found.seconds.values())
+    typer.echo(f"{len(found.seconds)} modules, {total * 1e3:.4g} ms for a microbatch on {found.device}: {output}")
 
 
 def load_factory(text: str) -> Any:
@@ -106,6 +143,13 @@ def load_manifest(directory: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise BundleError(f"{directory / 'manifest.json'} is no JSON: {error}") from error
     return manifest
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise PlanError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _show(console: Console, status: Status, stage: str, seconds: float) -> None:

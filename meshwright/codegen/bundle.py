@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.codegen.emit import digest
+from meshwright.codegen.steps import edges_of
 from meshwright.compiler.errors import BundleError
 from meshwright.compiler.plan import SCHEDULES
 from meshwright.passes.prove import prove
-from meshwright.passes.schedules import Edge
 from meshwright.runtime.actions import forwards, parse
 from meshwright.runtime.groups import coordinates_of, placement_of
 from meshwright.runtime.layout import parse as parse_type
@@ -125,16 +125,10 @@ def _check_schedules(directory: Path, manifest: Mapping[str, Any]) -> int:
         rows = [parse(text, "stage") for text in manifest["schedule"]]
     except ValueError as error:
         raise BundleError(f"the schedule cannot be read: {error}") from error
-    edges: list[Edge] = [
-        (source, to, edge["requires_grad"])
-        for source, stage in enumerate(manifest["stages"])
-        for edge in stage["sends"].values()
-        for to in edge["to"]
-    ]
     proven = partial(
         prove,
         num_microbatches=manifest["plan"]["microbatches"],
-        edges=edges,
+        edges=edges_of(manifest),
         placement=placement_of(manifest),
         ascending=manifest["plan"]["schedule"] in SCHEDULES,
         error=BundleError,

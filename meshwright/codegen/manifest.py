@@ -50,6 +50,8 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
             for leaf in lowered.capture.inputs
         },
         "loss": {"stage": last, "types": _types(lowered.loss, axes_of(lowered))},
+        "times": "modelled" if plan.times is None else "measured",
+        "message": _rounded(lowered.message),
         "stages": [_stage(lowered, stage, edges) for stage in lowered.stages],
         "schedule": [render(row, "stage") for row in lowered.step.rows],
         "buffers": {
@@ -88,7 +90,18 @@ def _stage(lowered: Lowered, stage: Stage, edges: Mapping[str, str]) -> dict[str
         "prepares": list(stage.prepares),
         "receives": {edges[e.name]: edge(e, **{"from": e.source}) for e in stage.receives},
         "sends": {edges[e.name]: edge(e, to=list(e.destinations)) for e in stage.sends},
+        "costs": {
+            "forward": _rounded(stage.cost.forward),
+            "inputs": _rounded(stage.cost.inputs),
+            "weights": _rounded(stage.cost.weights),
+            "activations": _rounded(stage.cost.activations),
+        },
     }
+
+
+def _rounded(cost: float) -> float:
+    """To six digits, for people who read it."""
+    return float(f"{cost:.6g}")
 
 
 def _buffer(buffer: Buffer, kept: Kept | None = None) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from typing import Any
 
 from meshwright.codegen.edges import edge_names
 from meshwright.codegen.manifest import manifest_of
+from meshwright.codegen.steps import figures_of
 from meshwright.compiler.program import Lowered
+from meshwright.passes.cost import FEATURES, TOKENS
 
 
 def explain(lowered: Lowered) -> str:
@@ -29,6 +31,9 @@ def explain_manifest(manifest: Mapping[str, Any]) -> str:
         "stages",
         *_table(_stage_rows(manifest)),
         "",
+        f"a step in time, {_OF[manifest['times']]}",
+        *_table(figures_of(manifest)),
+        "",
         "parameters (type at rest -> in use on each axis)",
         *_table(_parameter_rows(manifest)),
         "",
@@ -36,6 +41,12 @@ def explain_manifest(manifest: Mapping[str, Any]) -> str:
         *(_table(_conversion_rows(manifest)) or ["  none"]),
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+_OF = {
+    "measured": "by measured times",
+    "modelled": f"modelled for accelerators, microbatches of {TOKENS:,} tokens and features of at least {FEATURES:,}",
+}
 
 
 def _stage_rows(manifest: Mapping[str, Any]) -> list[list[str]]:

@@ -6,7 +6,7 @@ is left out, and an operator that no line is for keeps its operands.
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -108,7 +108,7 @@ class Saved:
     by_node: Mapping[fx.Node, frozenset[Memory]]
     bytes: Mapping[Memory, int]
 
-    def of(self, nodes: Iterator[fx.Node]) -> int:
+    def of(self, nodes: Iterable[fx.Node]) -> int:
         """The bytes that nodes keep together: memory that several of them keep counts once."""
         return sum(self.bytes[memory] for memory in frozenset().union(*(self.by_node.get(n, ()) for n in nodes)))
 
@@ -172,8 +172,10 @@ def _in_function(function: Function) -> tuple[frozenset[Memory], Mapping[fx.Node
 def _root(function: Function, node: fx.Node, roots: Mapping[fx.Node, Memory]) -> Memory:
     """The memory of a value: its own, or that of what it is a view of."""
     maker = node.all_input_nodes[0] if node.target is operator.getitem else node
-    source = next(iter(maker.all_input_nodes), None)
-    return roots[source] if source in roots and _is_view(function, maker, source) else Memory("", node)
+    for source in maker.all_input_nodes[:1]:
+        if source in roots and _is_view(function, maker, source):
+            return roots[source]
+    return Memory("", node)
 
 
 def _is_view(function: Function, node: fx.Node, source: fx.Node) -> bool:

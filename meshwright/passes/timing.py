@@ -67,7 +67,7 @@ def timing(blocks: Blocks, mesh: Mesh, plan: Plan, prices: Prices, symbols: Mapp
     prices = replace(prices, sizes=whole) if measured is None else replace(prices, sizes=symbols, scale=1.0)
     clock = _Clock(blocks, sizes, prices, plan.zero)
     nodes = [n for n in blocks.main.graph.nodes if n.op != "output" and is_data(blocks.main, n)]
-    alone = {node: clock.computing(node, sizes) for node in nodes}
+    alone: Mapping[fx.Node, Times] = {node: clock.computing(node, sizes) for node in nodes}
     updates = {node: clock.updating(node) for node in nodes}
     if measured is not None:
         undivided = {axis: size for axis, size in sizes.items() if axis != "tp"}

@@ -68,6 +68,13 @@ def parted(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int
     return blocks, partition(blocks, mesh.get("pp", 1), chosen.split, timed(captured, blocks, chosen, **mesh).seconds)
 
 
+def timed_blocks(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: int) -> tuple[Blocks, Timing]:
+    """The typed blocks and their times."""
+    chosen, captured = plan or Plan(), capture(model, batch, segment=True, is_known=is_known)
+    blocks = _typed(captured, Mesh(**mesh), chosen)
+    return blocks, timed(captured, blocks, chosen, **mesh)
+
+
 def timed(captured: Capture, blocks: Blocks, plan: Plan, **mesh: int) -> Timing:
     """The times of typed blocks."""
     priced = prices(captured.function, BATCH, captured.symbols)

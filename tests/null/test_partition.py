@@ -127,7 +127,7 @@ def test_a_model_without_layers_is_cut_between_modules() -> None:
         """
         0  linear_default    aten.linear(x, up_weight)               (B, 16)  float32  data grad  mb S(0)
         0  add_tensor        aten.add(linear_default, up_bias)       (B, 16)  float32  data grad  mb S(0)
-        1  relu_default      aten.relu(add_tensor)                   (B, 16)  float32  data grad  mb S(0)
+        0  relu_default      aten.relu(add_tensor)                   (B, 16)  float32  data grad  mb S(0)
         1  linear_default_1  aten.linear(relu_default, down_weight)  (B, 8)   float32  data grad  mb S(0)
         1  add_tensor_1      aten.add(linear_default_1, down_bias)   (B, 8)   float32  data grad  mb S(0)
         1  sum_default       aten.sum(add_tensor_1)                  ()       float32  data grad  mb P

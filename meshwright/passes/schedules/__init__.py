@@ -24,11 +24,13 @@ __all__ = [
     "Placement",
     "Row",
     "Schedule",
+    "Simulation",
     "algorithm",
     "chain",
     "fastest",
     "of_orders",
     "schedule",
+    "simulate",
 ]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from meshwright.passes.schedules.simulate import Simulation
-from meshwright.passes.schedules.timeline import chunk_of, figures, labels
+from meshwright.passes.schedules.timeline import amount, chunk_of, figures, labels
 from meshwright.runtime.actions import KINDS, Kind
 
 COLOURS: Mapping[Kind, tuple[str, str]] = {
@@ -87,8 +87,8 @@ def _strip(step: Simulation, rank: int, scale: float, base: float) -> Iterator[s
     points.append(f"{LEFT + step.makespan * scale:.2f},{before:.2f}")
     points.append(f"{LEFT + step.makespan * scale:.2f},{base:.2f}")
     yield f'<polygon points="{" ".join(points)}" fill="#c8c8c8"/>'
-    peak = f"{step.peaks[rank]:g}"
-    yield f'<text x="{LEFT - 8}" y="{base:.1f}" text-anchor="end" font-size="9" fill="#777777">{peak}</text>'
+    peak = f'y="{base:.1f}" text-anchor="end" font-size="9" fill="#777777">{amount(step.peaks[rank])}'
+    yield f'<text x="{LEFT - 8}" {peak}</text>'
 
 
 def _axis(step: Simulation, scale: float) -> Iterator[str]:

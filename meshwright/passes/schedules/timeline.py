@@ -6,6 +6,9 @@ from meshwright.passes.schedules.simulate import Simulation, Span
 from meshwright.runtime.actions import KINDS
 from meshwright.runtime.traces import Arrow, Level, Slice, chrome_trace
 
+COLUMNS = 60
+"""Of a timeline that people read in a terminal."""
+
 
 def labels(step: Simulation) -> list[list[str]]:
     """What the computations are called: without their stage where every rank has one."""
@@ -22,6 +25,19 @@ def figures(step: Simulation) -> str:
     return f"makespan {step.makespan:g}, bubble {step.bubble_share:.1%}, idle within ranks {idle:.1%}"
 
 
+def amount(size: float) -> str:
+    """A number of bytes, or of anything else, in three digits from a thousand on: ``5.78M``."""
+    for power, name in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if size >= 10**power:
+            return f"{size / 10**power:.3g}{name}"
+    return f"{size:g}"
+
+
+def readable(step: Simulation) -> float:
+    """The time of a column for which a line of ``text`` has at most ``COLUMNS`` of them."""
+    return max(_shortest(step), step.makespan / COLUMNS)
+
+
 def text(step: Simulation, column: float | None = None) -> str:
     """The step as aligned text, one line a rank: ``-`` goes on with a computation, ``.`` is idle.
 
@@ -29,10 +45,7 @@ def text(step: Simulation, column: float | None = None) -> str:
     by what follows.
     """
     names = labels(step)
-    if column is None:
-        column = min(
-            (span.end - span.begin for spans in step.ranks for span in spans if span.end > span.begin), default=1
-        )
+    column = _shortest(step) if column is None else column
     width = max((len(name) for row in names for name in row), default=1)
     lines = []
     for rank, (spans, row) in enumerate(zip(step.ranks, names, strict=True)):
@@ -40,7 +53,7 @@ def text(step: Simulation, column: float | None = None) -> str:
         for span, name in zip(spans, row, strict=True):
             begin, end = _column(step, span.begin, column), _column(step, span.end, column)
             cells[begin:end] = [name.ljust(width), *["-" * width] * (end - begin - 1)][: end - begin]
-        lines.append(f"rank {rank:<{len(str(len(names) - 1))}}  {' '.join(cells)}  peak {step.peaks[rank]:g}")
+        lines.append(f"rank {rank:<{len(str(len(names) - 1))}}  {' '.join(cells)}  peak {amount(step.peaks[rank])}")
     return "\n".join([*lines, figures(step)]) + "\n"
 
 
@@ -57,6 +70,10 @@ def trace(step: Simulation) -> str:
     ]
     arrows = [Arrow(slices[m.source], slices[m.destination], f"{m.source} to {m.destination}") for m in step.messages]
     return chrome_trace(slices.values(), levels, arrows)
+
+
+def _shortest(step: Simulation) -> float:
+    return min((span.end - span.begin for spans in step.ranks for span in spans if span.end > span.begin), default=1.0)
 
 
 def _column(step: Simulation, time: float, column: float) -> int:
