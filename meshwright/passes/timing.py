@@ -5,8 +5,9 @@ is as large as its whole batch; with measured ones everything has the size of th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import sympy
 from torch import fx
@@ -33,6 +34,8 @@ from meshwright.passes.reshard import conversion_of
 from meshwright.passes.rows import operands, results
 from meshwright.passes.saved import Saved, saved
 from meshwright.passes.schedules.pipeline import Costs, Edge
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,19 +70,33 @@ def timing(blocks: Blocks, mesh: Mesh, plan: Plan, prices: Prices, symbols: Mapp
     prices = replace(prices, sizes=whole) if measured is None else replace(prices, sizes=symbols, scale=1.0)
     clock = _Clock(blocks, sizes, prices, plan.zero)
     nodes = [n for n in blocks.main.graph.nodes if n.op != "output" and is_data(blocks.main, n)]
-    alone: Mapping[fx.Node, Times] = {node: clock.computing(node, sizes) for node in nodes}
-    updates = {node: clock.updating(node) for node in nodes}
+    alone = _once_per_block(blocks, nodes, lambda node: clock.computing(node, sizes))
+    updates = _once_per_block(blocks, nodes, clock.updating)
+    converting = _once_per_block(blocks, nodes, clock.converting)
     if measured is not None:
         undivided = {axis: size for axis, size in sizes.items() if axis != "tp"}
-        fitted = measured.fit({node: clock.computing(node, undivided) for node in nodes}, alone)
+        fitted = measured.fit(_once_per_block(blocks, nodes, lambda node: clock.computing(node, undivided)), alone)
         alone, updates = fitted.times, {node: fitted.ratio * update for node, update in updates.items()}
     return Timing(
         num_microbatches=sizes[MICROBATCH_AXIS],
-        times={node: alone[node] + clock.converting(node) for node in nodes},
+        times={node: alone[node] + converting[node] for node in nodes},
         updates=updates,
         messages={node: clock.message(blocks.main.values[node]) for node in nodes if node in blocks.main.values},
         saved=saved(blocks, sizes, symbols),
     )
+
+
+def _once_per_block(blocks: Blocks, nodes: list[fx.Node], of: Callable[[fx.Node], T]) -> Mapping[fx.Node, T]:
+    """``of`` of every node, asked for one instance of each block."""
+    names = {path: block.name for block in blocks.blocks for path in block.instances}
+    known: dict[str | fx.Node, T] = {}
+    found = {}
+    for node in nodes:
+        key = names.get(str(node.target), node) if node.op == "call_module" else node
+        if key not in known:
+            known[key] = of(node)
+        found[node] = known[key]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
