@@ -29,6 +29,7 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
             "microbatches": lowered.microbatches,
             "schedule": plan.schedule_name,
             "zero": plan.zero,
+            "reshard": plan.resharded(lowered.mesh.size("pp")),
             "sequence_parallel": plan.sequence_parallel,
             "recompute": plan.recompute,
             "precision": plan.precision,

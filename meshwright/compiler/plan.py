@@ -11,6 +11,7 @@ from typing import Any, Literal
 from meshwright.compiler.errors import PlanError, UnsupportedError
 from meshwright.compiler.mesh import AXES
 from meshwright.compiler.types import Type, parse_type
+from meshwright.runtime.promises import RESHARD
 
 SCHEDULES = (
     "gpipe",
@@ -35,6 +36,11 @@ class Plan:
 
     zero: 0 keeps everything whole on every dp rank; 1 splits the optimizer state; 2 the gradients too; 3 the
     parameters too.
+    reshard: for how long ZeRO-2 and 3 hold whole what they split. "step": a stage's parameters (ZeRO-3) are gathered at
+    their first use in a step and stay until the stage's last backward; gradients are added up whole over the
+    microbatches and reduced once, beside what remains. "microbatch": parameters are gathered for each use, twice per
+    microbatch (three times where the backward comes in two parts), and gradients reduced in every backward: the least
+    memory. None: "step" in a pipeline, else "microbatch".
     microbatches: pieces that a step's batch is cut into in time; None: as many as the pipeline has ranks.
     schedule: order of forwards and backwards over the pipeline: one of ``SCHEDULES``; or a user's own, as the path of a
     .csv in the format of torch.distributed.pipelining, or as a function from a ``passes.schedules.Pipeline`` to what
@@ -58,6 +64,7 @@ class Plan:
     """
 
     zero: int = 0
+    reshard: Literal["step", "microbatch"] | None = None
     microbatches: int | None = None
     schedule: str | Callable[[Any], Any] = "1f1b"
     stages_per_rank: int | None = None
@@ -75,6 +82,10 @@ class Plan:
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
             raise PlanError(f"zero={self.zero!r}: the stages of ZeRO are 0, 1, 2 and 3")
+        if self.reshard not in (*RESHARD, None):
+            raise PlanError(
+                f"reshard={self.reshard!r}: what ZeRO gathers is whole for each {' or for each '.join(RESHARD)}"
+            )
         if self.microbatches is not None and (not isinstance(self.microbatches, int) or self.microbatches < 1):
             raise PlanError(f"microbatches={self.microbatches!r}: a whole number from 1, or None")
         if isinstance(self.schedule, str) and self.schedule not in SCHEDULES and not self.schedule.endswith(".csv"):
@@ -127,6 +138,10 @@ class Plan:
     def num_microbatches(self, num_ranks: int) -> int:
         """Microbatches of a step on a pipeline of ``num_ranks``."""
         return self.microbatches or num_ranks
+
+    def resharded(self, num_ranks: int) -> str:
+        """For how long ZeRO holds whole what it splits, on a pipeline of ``num_ranks``."""
+        return self.reshard or ("step" if num_ranks > 1 else "microbatch")
 
     def pinned(self, names: tuple[str, ...], axis: str) -> tuple[str, Type] | None:
         """The pattern and the type that pin a parameter (by any of its ``names``) on ``axis``, or None.

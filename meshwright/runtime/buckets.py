@@ -13,7 +13,7 @@ from meshwright.runtime.gathered import Gathered, Uses, gather_around
 from meshwright.runtime.groups import Groups, Holders
 from meshwright.runtime.layout import parse
 from meshwright.runtime.parameters import Held
-from meshwright.runtime.units import LEVELS, Unit
+from meshwright.runtime.units import LEVELS, Unit, stages_of
 from meshwright.runtime.wire import Finish
 
 BUCKET_BYTES = 25 * 2**20
@@ -23,12 +23,12 @@ BUCKETS = 6
 """Small models get about so many buckets: only what is cut can travel beside the backward."""
 
 
-def make_units(held: Sequence[Held], zero: int, groups: Groups, root: nn.Module) -> list[Unit]:
+def make_units(held: Sequence[Held], zero: int, groups: Groups, root: nn.Module, *, once: bool) -> list[Unit]:
     """The units of a rank, each of one of its stages (or of all that share its parameters): by module where parameters
     are gathered (ZeRO-3), else in buckets, last declared first.
 
     The last declared have their gradients first. Parameters tied across pipeline ranks are ordered by name, because the
-    stages declare them in different orders.
+    stages declare them in different orders. once: gradients are reduced once per step under ZeRO-2 and 3 too.
     """
     owners = _owners(root)
     keyed: dict[tuple[Any, ...], list[Held]] = {}
@@ -46,7 +46,7 @@ def make_units(held: Sequence[Held], zero: int, groups: Groups, root: nn.Module)
         _, axes, tied, level, *_ = key
         members = sorted(keyed[key], key=lambda one: one.label) if tied else keyed[key]
         for bucket in [members] if level == 3 else _buckets(members):
-            units.append(LEVELS[level](bucket, groups, axes, tied, under_way))
+            units.append(LEVELS[level](bucket, groups, axes, tied, under_way, once))
     return units
 
 
@@ -58,13 +58,18 @@ def gather_frozen(held: Sequence[Held], groups: Groups, root: nn.Module) -> list
         if one.scattered and not one.trainable:
             keyed.setdefault((one.parameter.dtype, owners.get(id(one.parameter))), []).append(one)
     return [
-        (members, Gathered(flatten([one.parameter for one in members], groups.size("dp")), groups))
+        (members, Gathered(flatten([one.parameter for one in members], groups.size("dp")), groups, stages_of(members)))
         for members in keyed.values()
     ]
 
 
-def gather_in_modules(root: nn.Module, units: Sequence[Unit], frozen: Sequence[tuple[list[Held], Gathered]]) -> Uses:
-    """Let the modules gather the parameters that they own (ZeRO-3). Raises BundleError for one that nobody owns."""
+def gather_in_modules(
+    root: nn.Module, units: Sequence[Unit], frozen: Sequence[tuple[list[Held], Gathered]], *, stay: bool
+) -> Uses:
+    """Let the modules gather the parameters that they own (ZeRO-3). Raises BundleError for one that nobody owns.
+
+    stay: whether they stay whole until the last backward of the step.
+    """
     of_parameter = {id(h.parameter): unit.gathered for unit in units if unit.gathered for h in unit.held}
     of_parameter |= {id(h.parameter): gathered for members, gathered in frozen for h in members}
     homeless = set(of_parameter) - {id(p) for p in root.parameters()}
@@ -74,7 +79,7 @@ def gather_in_modules(root: nn.Module, units: Sequence[Unit], frozen: Sequence[t
                 f"{one.label} is no attribute of a module of the stage file: ZeRO-3 gathers it when its module runs\n"
                 "  assign what param(...) returns to self.<name>"
             )
-    uses = Uses()
+    uses = Uses(list(dict.fromkeys(of_parameter.values())), stay)
     for module in root.modules():
         own = dict.fromkeys(map(id, module.parameters(recurse=False)))
         gathered = list(dict.fromkeys(of_parameter[p] for p in own if p in of_parameter))

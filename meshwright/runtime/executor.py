@@ -47,8 +47,8 @@ class Timed(NamedTuple):
 class Executor:
     """Runs the stages of this rank.
 
-    before_backward(stage, kind, last), after_backward(stage, kind): called around every backward, ``last`` with the one
-    after which the stage's gradients are complete. entering(microbatch): called before every computation. timed: when
+    before_backward(stage, kind, last), after_backward(stage, kind, last): called around every backward, ``last`` with
+    the one after which the stage's gradients are complete. entering(microbatch): called before every computation. timed: when
     the computations of the last step ran, by ``clock``.
     """
 
@@ -56,7 +56,7 @@ class Executor:
     links: Links
     groups: Groups
     before_backward: Callable[[int, Kind, bool], None]
-    after_backward: Callable[[int, Kind], None]
+    after_backward: Callable[[int, Kind, bool], None]
     entering: Callable[[int], None] = lambda microbatch: None
     clock: Callable[[], float] = time.perf_counter
     mail: Mail = field(init=False)
@@ -161,7 +161,7 @@ class Executor:
             stage.backward_weights(microbatch)
         else:
             self.mail.put(turn.place, stage.backward(microbatch, arrived), turn.receivers)
-        self.after_backward(index, kind)
+        self.after_backward(index, kind, turn.last)
         return None
 
     def _place(self, action: Action) -> Place:

@@ -1,12 +1,14 @@
 """ZeRO-3: parameters that rest in pieces over dp and are whole while a module uses them.
 
 Before the forward of a module its parameters are gathered by one collective into the storage that they are views of,
-and the storage is freed after; the same around its backward. Autograd saves the views, not the storage, and finds the
-same values in it again. The order of uses repeats from step to step, so the next is gathered beside the present one.
+and the storage is freed after; the same around its backward; or they stay from their first use in a step until the last
+backward of their stages. Autograd saves the views, not the storage, and finds the same values in it again. The order of
+uses repeats from step to step, so the next is gathered beside the present one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +20,21 @@ from meshwright.runtime.wire import Finish
 
 
 class Gathered:
-    """A flat tensor of parameters over dp. ``flat``: the whole, which becomes this object's to free and fill."""
+    """A flat tensor of parameters over dp.
 
-    def __init__(self, flat: torch.Tensor, groups: Groups):
+    flat: the whole, which becomes this object's to free and fill. stages: those of this rank that use it.
+    """
+
+    def __init__(self, flat: torch.Tensor, groups: Groups, stages: Iterable[int]):
         length = flat.numel() // groups.size("dp")
         start = groups.index("dp") * length
         self.flat = flat
         self.groups = groups
         self.rest = flat[start : start + length].clone()
         self.group = groups.group(["dp"])
+        self.stages = frozenset(stages)
         self.users = 0
+        self.stays = False
         self.is_whole = True
         self.finish: Finish | None = None
         self.drop()
@@ -56,8 +63,8 @@ class Gathered:
             self.finish, self.is_whole = None, True
 
     def drop(self) -> None:
-        """Free the whole parameters unless a module uses them."""
-        if self.users:
+        """Free the whole parameters unless a module uses them, or they stay for later ones."""
+        if self.users or self.stays:
             return
         if self.finish is not None:
             self.gather()
@@ -68,32 +75,62 @@ class Gathered:
 
 @dataclass(slots=True)
 class Uses:
-    """The order in which a rank's gathered parameters are used, as it was in the last step of the same kind."""
+    """The order in which a rank's gathered parameters are used, as it was in the last step of the same kind.
 
+    gathered: all of them. stay: whether they do, from their first use in a step until the last backward of their
+    stages. over: the stages that had it.
+    """
+
+    gathered: Sequence[Gathered]
+    stay: bool
     known: dict[str, list[Gathered]] = field(default_factory=dict)
     kind: str = ""
     seen: list[Gathered] = field(default_factory=list)
+    over: set[int] = field(default_factory=set)
 
     def begin(self, kind: str) -> None:
         """A step of a kind (training, evaluation) begins."""
         self.kind, self.seen = kind, []
+        self.over.clear()
 
     def end(self) -> None:
         """It is over: remember its order, and keep nothing whole."""
         self.known[self.kind] = self.seen
-        for one in dict.fromkeys(self.seen):
+        for one in self.gathered:
+            one.stays = False
             one.drop()
 
-    def drop(self) -> None:
-        """Free what no module uses and what is not used next."""
+    def hold(self, stage: int) -> None:
+        """Make whole what a stage uses: its backward for the weights reads them, and no hook of a module tells when."""
+        for one in self.gathered:
+            if stage in one.stages:
+                self.use(one)
+                one.users += 1
+
+    def let_go(self, stage: int) -> None:
+        """The backward after ``hold`` is over."""
+        for one in self.gathered:
+            one.users -= stage in one.stages
+
+    def end_backward(self, stage: int, last: bool) -> None:
+        """A backward of a stage is over, its ``last`` of the step: free what no module uses and what is not used next.
+
+        Else what it did not come to drop would be left: what is frozen, or what it does not reach.
+        """
+        if last:
+            self.over.add(stage)
         following = self.following() if self.seen else None
-        for one in dict.fromkeys(self.seen):
+        for one in self.gathered:
+            one.stays = one.stays and not one.stages <= self.over
             if one is not following:
                 one.drop()
 
     def use(self, one: Gathered) -> None:
         """Make it whole, and begin to gather what comes next."""
+        if one.stays:
+            return
         one.gather()
+        one.stays = self.stay
         self.seen.append(one)
         following = self.following()
         if following is not None:
@@ -109,16 +146,19 @@ def gather_around(module: nn.Module, gathered: Sequence[Gathered], uses: Uses, i
     """Make ``gathered`` whole in the forward of ``module``, and from when the gradient of its result arrives.
 
     is_done: whether this backward has all gradients of the module's own parameters. Units drop what they have the
-    gradients of; what is frozen is dropped here, when the gradient of an input shows that nothing needs it any more.
+    gradients of; what is frozen, and all in a backward for the inputs alone, is dropped here, when the gradients of all
+    inputs show that nothing needs it any more.
     """
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for one in gathered:
             uses.use(one)
             one.users += 1
-        for tensor in (*args, *kwargs.values()):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.register_hook(backward_after)
+        values = (*args, *kwargs.values())
+        inputs = {id(t): t for t in values if isinstance(t, torch.Tensor) and t.requires_grad}
+        missing = set(inputs)
+        for key, tensor in inputs.items():
+            tensor.register_hook(partial(backward_after, missing, key))
 
     def after(_module: nn.Module, _args: Any, result: Any) -> None:
         for one in gathered:
@@ -133,8 +173,9 @@ def gather_around(module: nn.Module, gathered: Sequence[Gathered], uses: Uses, i
         for one in gathered:
             uses.use(one)
 
-    def backward_after(_: torch.Tensor) -> None:
-        if is_done():
+    def backward_after(missing: set[int], key: int, _: torch.Tensor) -> None:
+        missing.discard(key)
+        if not missing and is_done():
             for one in gathered:
                 one.drop()
 

@@ -15,6 +15,9 @@ from meshwright.runtime.layout import Split, largest_piece, parse, suffices
 
 KEYS = ("mesh", "plan", "inputs", "loss", "stages", "schedule", "buffers", "parameters")
 
+RESHARD = ("step", "microbatch")
+"""What ZeRO-2 and 3 are whole for: a step, or each microbatch; a manifest without says the latter."""
+
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
     """Raises BundleError with the first contradiction."""
@@ -56,6 +59,8 @@ def _check_mesh(manifest: Mapping[str, Any]) -> None:
     plan = manifest["plan"]
     if plan["zero"] not in range(4) or plan["microbatches"] < 1:
         raise BundleError(f"its plan has zero={plan['zero']!r} and microbatches={plan['microbatches']!r}")
+    if plan.get("reshard", "microbatch") not in RESHARD:
+        raise BundleError(f"its plan has reshard={plan['reshard']!r}, which is none of {', '.join(RESHARD)}")
 
 
 def _check_value(manifest: Mapping[str, Any], what: str, entry: Mapping[str, Any]) -> None:

@@ -68,9 +68,10 @@ class Trainer:
             stages, actions = actions_of(self.directory, self.manifest, self.rank)
             self._declare(stages, weights)
             held = list(self.declared.held.values())
-            self.units = make_units(held, plan["zero"], self.groups, self.module)
+            once = plan.get("reshard") == "step"
+            self.units = make_units(held, plan["zero"], self.groups, self.module, once=once)
             self.frozen = gather_frozen(held, self.groups, self.module)
-            self._uses = gather_in_modules(self.module, self.units, self.frozen)
+            self._uses = gather_in_modules(self.module, self.units, self.frozen, stay=once)
             self.executor = self._executor(stages)
             self.training, self.evaluation = self.executor.turns(actions), self.executor.turns(forwards(actions))
             pairs = [pair for unit in self.units for pair in unit.updates]
@@ -309,10 +310,13 @@ class Trainer:
         for unit in self.units:
             if stage in unit.stages:
                 unit.expect(last)
+        if kind == "W":
+            self._uses.hold(stage)
 
-    def _after_backward(self, stage: int, kind: Kind) -> None:
-        """What a backward did not come to drop: parameters that are frozen, or that it does not reach."""
-        self._uses.drop()
+    def _after_backward(self, stage: int, kind: Kind, last: bool) -> None:
+        if kind == "W":
+            self._uses.let_go(stage)
+        self._uses.end_backward(stage, last)
 
     @contextmanager
     def _reporting(self, doing: str, *everywhere: type[Exception]) -> Iterator[None]:

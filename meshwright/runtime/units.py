@@ -28,21 +28,34 @@ def _call(method: "weakref.WeakMethod[Callable[[], None]]", _: torch.Tensor) -> 
         found()
 
 
+def stages_of(held: Sequence[Held]) -> tuple[int, ...]:
+    """The stages of this rank that use some of these parameters."""
+    return tuple(sorted({stage for one in held for stage in one.stages}))
+
+
 class Unit:
     """ZeRO-0, and the base of the others: gradients whole on every rank, summed once per step over all pending axes.
 
     held: parameters with the same dtype, the same pending ``axes`` and the same stages of this rank. holders: the
     pipeline ranks that all hold them where those are several, else None. under_way: what runs beside the backward,
-    shared by the units of a rank.
+    shared by the units of a rank. once: whether levels that keep no whole gradient between steps keep one within a
+    step, and reduce it once.
     """
 
     split = False
 
     def __init__(
-        self, held: Sequence[Held], groups: Groups, axes: tuple[str, ...], holders: Holders, under_way: deque[Finish]
+        self,
+        held: Sequence[Held],
+        groups: Groups,
+        axes: tuple[str, ...],
+        holders: Holders,
+        under_way: deque[Finish],
+        once: bool,
     ):
         self.held, self.groups, self.axes, self.holders, self.under_way = tuple(held), groups, axes, holders, under_way
-        self.stages = tuple(held[0].stages)
+        self.once = once
+        self.stages = stages_of(held)
         pieces = groups.size("dp") if self.split else 1
         self.flat = flatten([h.parameter for h in held], pieces)
         self.length = self.flat.numel() // pieces
@@ -188,31 +201,51 @@ class SplitState(Unit):
 
 
 class SplitGradients(SplitState):
-    """ZeRO-2: gradients in pieces too. They are scattered in every backward, and the pieces added up."""
+    """ZeRO-2: gradients in pieces too. A whole one is there from a backward until it is scattered: after the last of a
+    step (``once``), or after every one, and the pieces are added up.
+    """
 
     def _allocate(self) -> None:
         self.piece_grad = torch.zeros_like(self.flat[: self.length])
+        self.whole: torch.Tensor | None = None
 
     def _attach(self) -> None:
         self._attach_pieces()
 
     def begin(self) -> None:
+        self.begun = False
         if self.updates and self.updates[0][1].grad is None:
             self._attach()
-        self.piece_grad.zero_()
 
     def _complete(self) -> None:
-        grads = [h.parameter.grad for h in self.held]
-        whole = self.flat.new_empty(self.length * self.groups.size("dp"))
-        if any(grad is None for grad in grads):
-            whole.zero_()
+        if self.once:
+            self._collect()
+            super()._complete()
         else:
-            whole[sum(h.parameter.numel() for h in self.held) :].zero_()
-        pairs = [(view, grad) for view, grad in zip(self._views(whole), grads, strict=True) if grad is not None]
-        torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
+            self._begin_reduction()
+
+    def _collect(self) -> torch.Tensor:
+        """The whole gradient, flat: what autograd left so far, and further backwards add to it in place."""
+        if self.whole is None:
+            grads = [h.parameter.grad for h in self.held]
+            self.whole = self.flat.new_empty(self.length * self.groups.size("dp"))
+            if any(grad is None for grad in grads):
+                self.whole.zero_()
+            else:
+                self.whole[sum(h.parameter.numel() for h in self.held) :].zero_()
+            parts = self._views(self.whole)
+            pairs = [(view, grad) for view, grad in zip(parts, grads, strict=True) if grad is not None]
+            torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
+            for one, view in zip(self.held, parts, strict=True):
+                one.parameter.grad = view
+        return self.whole
+
+    def _begin_reduction(self) -> None:
+        whole, self.whole = self._collect(), None
         for one in self.held:
             one.parameter.grad = None
-        out = torch.empty_like(self.piece_grad)
+        out = torch.empty_like(self.piece_grad) if self.begun else self.piece_grad
+        self.begun = True
         finish = self.groups.group(["dp"]).begin_reduce_scatter(out, whole)
         self.under_way.append(lambda: self._add(finish, out))
         if len(self.under_way) > MAX_UNDER_WAY:
@@ -220,12 +253,13 @@ class SplitGradients(SplitState):
 
     def _add(self, finish: Finish, out: torch.Tensor) -> None:
         finish()
-        self.piece_grad.add_(out)
+        if out is not self.piece_grad:
+            self.piece_grad.add_(out)
 
     def settle(self) -> None:
         # A parameter that the backwards do not reach keeps its unit from completing.
-        if any(h.parameter.grad is not None for h in self.held):
-            self._complete()
+        if not self.begun or any(h.parameter.grad is not None for h in self.held):
+            self._begin_reduction()
         while self.under_way:
             self.under_way.popleft()()
         self._begin_sum(self.piece_grad, tuple(axis for axis in self.axes if axis != "dp"))
@@ -236,7 +270,7 @@ class SplitParameters(SplitGradients):
 
     def _allocate(self) -> None:
         super()._allocate()
-        self.gathered = Gathered(self.flat, self.groups)
+        self.gathered = Gathered(self.flat, self.groups, self.stages)
 
     @property
     def rest(self) -> torch.Tensor:
