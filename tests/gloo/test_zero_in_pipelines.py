@@ -1,0 +1,182 @@
+"""ZeRO-2 and 3 in pipelines: exact in every kind of schedule, with as few collectives and as little memory as chosen."""
+
+import functools
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from meshwright.runtime import Trainer
+from meshwright.runtime.meetings import ThreadGroup
+from meshwright.runtime.units import SplitGradients
+from tests.gloo import parity
+from tests.gloo.pool import OneProcess
+from tests.gloo.test_schedules import WIDTH, batch, tower
+
+MESH = {"dp": 2, "pp": 2}
+SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zbv")
+SIZE = 16
+
+
+def partly_frozen() -> nn.Module:
+    """The tower, with a tied weight, and modules that are frozen whole, in part and not at all."""
+    model = tower()
+    model.layers[1].requires_grad_(False)
+    model.layers[2].linear.bias.requires_grad_(False)
+    model.layers[5].norm.weight.requires_grad_(False)
+    return model
+
+
+class Reader(nn.Module):
+    """A block that mixes two values, each through a matrix of its own: their gradients come one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.own(torch.tanh(x))) * torch.tanh(self.other(memory))  # type: ignore[no-any-return]
+
+
+class Readers(nn.Module):
+    """Every block reads what the first layer made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Reader() for _ in range(4))
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        memory = torch.tanh(self.first(x))
+        for layer in self.layers:
+            x = layer(x, memory)
+        return (x - target).pow(2).mean()
+
+
+def readers() -> nn.Module:
+    torch.manual_seed(0)
+    return Readers()
+
+
+MODELS = {"partly frozen": partly_frozen, "readers": readers}
+
+
+@functools.cache
+def reference(name: str) -> dict[str, Any]:
+    return parity.reference(MODELS[name](), batch(SIZE))
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "zero", "reshard"),
+    [
+        *itertools.product(["partly frozen"], SCHEDULES, [2, 3], ["step", "microbatch"]),
+        *itertools.product(["readers"], ["1f1b", "zb-h1"], [3], ["step", "microbatch"]),
+    ],
+)
+def test_equals_one_device(
+    name: str, schedule: str, zero: int, reshard: str, threads: OneProcess, tmp_path: Path
+) -> None:
+    plan = {"schedule": schedule, "zero": zero, "reshard": reshard, "microbatches": 4}
+    parity.emit_case(tmp_path / "bundle", MODELS[name](), batch(SIZE), MESH, plan)
+    got = threads.run("tests.gloo.parity:train", (str(tmp_path / "bundle"), batch(SIZE)), ranks=4)
+    parity.compare(got, reference(name))
+
+
+def count(bundle: str) -> tuple[list[int], int]:
+    """Per unit and step: gathers and reductions of a second step, and how often it held something whole after; bytes
+    held whole between the steps.
+    """
+    trainer = Trainer(bundle, optimizer=torch.optim.SGD, device="cpu")
+    part = trainer.shard(parity.doubled(batch(SIZE)))
+    trainer.step(part)
+    before = Counter(CALLS[trainer.rank])
+    trainer.step(part)
+    calls = Counter(CALLS[trainer.rank])
+    calls.subtract(before)
+    units = [unit for unit in trainer.units if isinstance(unit, SplitGradients)]
+    gathered = [*(unit.gathered for unit in units if unit.gathered), *(one for _, one in trainer.frozen)]
+    assert units and (gathered or trainer.manifest["plan"]["zero"] == 2)
+    left = sum(one.flat.untyped_storage().nbytes() for one in gathered)
+    left += sum(unit.whole is not None for unit in units)
+    left += sum(held.parameter.grad is not None for unit in units for held in unit.held)
+    gathers = calls["begin_all_gather"] / len(gathered or units)
+    return [gathers, calls["begin_reduce_scatter"] / len(units)], left
+
+
+CALLS: dict[int, Counter[str]] = {}
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of collectives are counted by rank, in ``CALLS``."""
+    CALLS.clear()
+    for name in ("begin_all_gather", "begin_reduce_scatter"):
+
+        def call(group: ThreadGroup, *args: torch.Tensor, name: str = name, run: Any = getattr(ThreadGroup, name)) -> Any:
+            CALLS.setdefault(group.rank, Counter())[name] += 1
+            return run(group, *args)
+
+        monkeypatch.setattr(ThreadGroup, name, call)
+
+
+COUNTS: list[tuple[dict[str, Any], list[float]]] = [
+    # gathers and reductions of a unit in a step
+    ({"zero": 2, "microbatches": 4}, [1, 1]),  # parameters after the optimizer's step
+    ({"zero": 3, "microbatches": 2}, [1, 1]),
+    ({"zero": 3, "microbatches": 4}, [1, 1]),
+    ({"zero": 3, "microbatches": 4, "schedule": "zb-h1"}, [1, 1]),
+    ({"zero": 3, "microbatches": 4, "schedule": "interleaved"}, [1, 1]),
+    ({"zero": 2, "microbatches": 4, "reshard": "microbatch"}, [1, 4]),
+    ({"zero": 2, "microbatches": 4, "reshard": "microbatch", "schedule": "zb-h1"}, [1, 4]),
+]
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(("plan", "expected"), COUNTS, ids=str)
+def test_collectives_of_a_step_and_what_is_left_whole(
+    plan: dict[str, Any], expected: list[float], threads: OneProcess, tmp_path: Path
+) -> None:
+    parity.emit_case(tmp_path / "bundle", readers(), batch(SIZE), MESH, plan)
+    got = threads.run("tests.gloo.test_zero_in_pipelines:count", (str(tmp_path / "bundle"),), ranks=4)
+    assert got == [(expected, 0)] * 4
+
+
+@pytest.mark.usefixtures("counted")
+def test_gathered_for_each_use(threads: OneProcess, tmp_path: Path) -> None:
+    """Forward, I and W, but for what stays from one to the next."""
+    plan = {"zero": 3, "microbatches": 4, "schedule": "zb-h1", "reshard": "microbatch"}
+    parity.emit_case(tmp_path / "bundle", readers(), batch(SIZE), MESH, plan)
+    for (gathers, reductions), left in threads.run(
+        "tests.gloo.test_zero_in_pipelines:count", (str(tmp_path / "bundle"),), ranks=4
+    ):
+        assert 2 * 4 < gathers <= 3 * 4 and reductions == 4 and left == 0
+
+
+def test_a_stage_frees_its_parameters_after_its_last_backward(threads: OneProcess, tmp_path: Path) -> None:
+    """In an interleaved pipeline the later chunk is done while the earlier one goes on."""
+    plan = {"zero": 3, "microbatches": 4, "schedule": "interleaved"}
+    parity.emit_case(tmp_path / "bundle", partly_frozen(), batch(SIZE), MESH, plan)
+    for whole in threads.run("tests.gloo.test_zero_in_pipelines:watch", (str(tmp_path / "bundle"),), ranks=4):
+        first, second = sorted(whole)
+        assert whole[second] == [True] * 3 + [False] and whole[first] == [True] * 3 + [False]
+
+
+def watch(bundle: str) -> dict[int, list[bool]]:
+    """Stage -> whether some parameters that it alone uses are whole after each of its backwards of a second step."""
+    trainer = Trainer(bundle, optimizer=torch.optim.SGD, device="cpu")
+    part = trainer.shard(parity.doubled(batch(SIZE)))
+    trainer.step(part)
+    after, found = trainer.executor.after_backward, {}
+
+    def watching(stage: int, kind: Any, last: bool) -> None:
+        after(stage, kind, last)
+        alone = [one for one in trainer._uses.gathered if one.stages == {stage}]
+        found.setdefault(stage, []).append(any(one.flat.untyped_storage().nbytes() for one in alone))
+
+    trainer.executor.after_backward = watching
+    trainer.step(part)
+    return found
