@@ -48,8 +48,8 @@ class Executor:
     """Runs the stages of this rank.
 
     before_backward(stage, kind, last), after_backward(stage, kind, last): called around every backward, ``last`` with
-    the one after which the stage's gradients are complete. entering(microbatch): called before every computation. timed: when
-    the computations of the last step ran, by ``clock``.
+    the one after which the stage's gradients are complete. entering(microbatch): called before every computation.
+    timed: when the computations of the last step ran, by ``clock``.
     """
 
     stages: Mapping[int, StageRun]

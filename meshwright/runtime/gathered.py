@@ -110,7 +110,8 @@ class Uses:
     def let_go(self, stage: int) -> None:
         """The backward after ``hold`` is over."""
         for one in self.gathered:
-            one.users -= stage in one.stages
+            if stage in one.stages:
+                one.users -= 1
 
     def end_backward(self, stage: int, last: bool) -> None:
         """A backward of a stage is over, its ``last`` of the step: free what no module uses and what is not used next.

@@ -26,6 +26,7 @@ PROCESSES: list[Case] = [
     ("gpt2", {"dp": 2, "pp": 2}, {"zero": 1, "microbatches": 3}, {"kind": "padded"}),
     ("gpt2", ALL, {"zero": 2, "microbatches": 2}, {}),
     ("falcon", ALL, {"zero": 3, "microbatches": 3}, {}),
+    ("mlp", {"dp": 2, "pp": 2}, {"zero": 3, "microbatches": 3, "schedule": "zb-h1", "reshard": "microbatch"}, {}),
 ]
 """What one process cannot show: every kind of collective and of message between real ones."""
 

@@ -1,7 +1,8 @@
-"""ZeRO-2 and 3 in pipelines: exact in every kind of schedule, with as few collectives and as little memory as chosen."""
+"""ZeRO-2 and 3 in pipelines: exact in every kind of schedule, with the collectives and the memory that were chosen."""
 
 import functools
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from meshwright.runtime import Trainer
+from meshwright.runtime import Trainer, run_in_one_process
 from meshwright.runtime.meetings import ThreadGroup
 from meshwright.runtime.units import SplitGradients
-from tests.gloo import parity
+from tests.gloo import bundles, parity, test_bundles
 from tests.gloo.pool import OneProcess
 from tests.gloo.test_schedules import WIDTH, batch, tower
 
@@ -86,10 +87,8 @@ def test_equals_one_device(
     parity.compare(got, reference(name))
 
 
-def count(bundle: str) -> tuple[list[int], int]:
-    """Per unit and step: gathers and reductions of a second step, and how often it held something whole after; bytes
-    held whole between the steps.
-    """
+def count(bundle: str) -> tuple[list[float], int]:
+    """Gathers and reductions of a second step, per unit; and what is held whole after it, in bytes or tensors."""
     trainer = Trainer(bundle, optimizer=torch.optim.SGD, device="cpu")
     part = trainer.shard(parity.doubled(batch(SIZE)))
     trainer.step(part)
@@ -115,12 +114,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of collectives are counted by rank, in ``CALLS``."""
     CALLS.clear()
     for name in ("begin_all_gather", "begin_reduce_scatter"):
+        monkeypatch.setattr(ThreadGroup, name, _counting(name, getattr(ThreadGroup, name)))
 
-        def call(group: ThreadGroup, *args: torch.Tensor, name: str = name, run: Any = getattr(ThreadGroup, name)) -> Any:
-            CALLS.setdefault(group.rank, Counter())[name] += 1
-            return run(group, *args)
 
-        monkeypatch.setattr(ThreadGroup, name, call)
+def _counting(name: str, run: Any) -> Any:
+    def call(group: ThreadGroup, *args: torch.Tensor) -> Any:
+        CALLS.setdefault(group.rank, Counter())[name] += 1
+        return run(group, *args)
+
+    return call
 
 
 COUNTS: list[tuple[dict[str, Any], list[float]]] = [
@@ -163,6 +165,24 @@ def test_a_stage_frees_its_parameters_after_its_last_backward(threads: OneProces
     for whole in threads.run("tests.gloo.test_zero_in_pipelines:watch", (str(tmp_path / "bundle"),), ranks=4):
         first, second = sorted(whole)
         assert whole[second] == [True] * 3 + [False] and whole[first] == [True] * 3 + [False]
+
+
+@pytest.mark.parametrize("reshard", ["step", "microbatch"])
+def test_a_parameter_that_one_microbatch_does_not_reach(reshard: str, tmp_path: Path) -> None:
+    """Where a stage file is edited so: what the other microbatches left is reduced all the same."""
+    got = []
+    for zero in (0, 2):
+        bundle = bundles.write_bundle(tmp_path / f"zero-{zero}", {"dp": 2}, zero=zero, microbatches=3)
+        test_bundles.edit(bundle, 0, "* self.scale", "* (self.scale if current().microbatch == 1 else 1.5)")
+        test_bundles.edit(bundle, 0, "from torch import nn\n", IMPORT)
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        manifest["plan"]["reshard"] = reshard
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        got.append(run_in_one_process(lambda rank, bundle=bundle: test_bundles.train(str(bundle), "adamw", 12), 2)[0])
+    test_bundles.assert_equal(got[1], got[0])
+
+
+IMPORT = "from torch import nn\nfrom meshwright.runtime.groups import current\n"
 
 
 def watch(bundle: str) -> dict[int, list[bool]]:

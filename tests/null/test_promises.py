@@ -39,6 +39,7 @@ CASES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     ),
     (lambda m: m["stages"][1].update(ranks=m["stages"][0]["ranks"]), "pipeline rank 1 has no stage"),
     (_set("plan", "zero", 4), "its plan has zero=4 and microbatches=3"),
+    (_set("plan", "reshard", "never"), "its plan has reshard='never', which is none of step, microbatch"),
     (_set("inputs", "kinds", "dtype", "word"), "input 'kinds' has the dtype 'word', which torch does not have"),
     (_set("inputs", "kinds", "types", "cp", "S(0)"), "input 'kinds' has a type on 'cp', which is no axis of the mesh"),
     (

@@ -167,6 +167,9 @@ def test_plan_choices() -> None:
     )
     with pytest.raises(PlanError, match="^stages_per_rank=0: a whole number from 1, or None$"):
         Plan(stages_per_rank=0)
+    with pytest.raises(PlanError) as error:
+        Plan(reshard="never")  # type: ignore[arg-type]
+    assert str(error.value) == "reshard='never': what ZeRO gathers is whole for each step or for each microbatch"
     with pytest.raises(PlanError, match="^zero=4"):
         Plan(zero=4)
     with pytest.raises(UnsupportedError, match="^precision='bf16' is not supported yet"):
