@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from meshwright.runtime import Trainer, run_in_one_process
+from meshwright.runtime import Trainer
 from meshwright.runtime.meetings import ThreadGroup
 from meshwright.runtime.units import SplitGradients
 from tests.gloo import bundles, parity, test_bundles
@@ -27,8 +27,8 @@ def partly_frozen() -> nn.Module:
     """The tower, with a tied weight, and modules that are frozen whole, in part and not at all."""
     model = tower()
     model.layers[1].requires_grad_(False)
-    model.layers[2].linear.bias.requires_grad_(False)
-    model.layers[5].norm.weight.requires_grad_(False)
+    for name in ("layers.2.linear.bias", "layers.5.norm.weight"):
+        model.get_parameter(name).requires_grad_(False)
     return model
 
 
@@ -40,7 +40,7 @@ class Reader(nn.Module):
         self.own, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        return x + torch.tanh(self.own(torch.tanh(x))) * torch.tanh(self.other(memory))  # type: ignore[no-any-return]
+        return x + torch.tanh(self.own(torch.tanh(x))) * torch.tanh(self.other(memory))
 
 
 class Readers(nn.Module):
@@ -168,9 +168,9 @@ def test_a_stage_frees_its_parameters_after_its_last_backward(threads: OneProces
 
 
 @pytest.mark.parametrize("reshard", ["step", "microbatch"])
-def test_a_parameter_that_one_microbatch_does_not_reach(reshard: str, tmp_path: Path) -> None:
+def test_a_parameter_that_one_microbatch_does_not_reach(reshard: str, threads: OneProcess, tmp_path: Path) -> None:
     """Where a stage file is edited so: what the other microbatches left is reduced all the same."""
-    got = []
+    got: list[Any] = []
     for zero in (0, 2):
         bundle = bundles.write_bundle(tmp_path / f"zero-{zero}", {"dp": 2}, zero=zero, microbatches=3)
         test_bundles.edit(bundle, 0, "* self.scale", "* (self.scale if current().microbatch == 1 else 1.5)")
@@ -178,8 +178,8 @@ def test_a_parameter_that_one_microbatch_does_not_reach(reshard: str, tmp_path: 
         manifest = json.loads((bundle / "manifest.json").read_text())
         manifest["plan"]["reshard"] = reshard
         (bundle / "manifest.json").write_text(json.dumps(manifest))
-        got.append(run_in_one_process(lambda rank, bundle=bundle: test_bundles.train(str(bundle), "adamw", 12), 2)[0])
-    test_bundles.assert_equal(got[1], got[0])
+        got += threads.run("tests.gloo.test_bundles:train", (str(bundle), "adamw", 12), ranks=2)
+    test_bundles.assert_equal(got[2], got[0])
 
 
 IMPORT = "from torch import nn\nfrom meshwright.runtime.groups import current\n"
@@ -190,7 +190,8 @@ def watch(bundle: str) -> dict[int, list[bool]]:
     trainer = Trainer(bundle, optimizer=torch.optim.SGD, device="cpu")
     part = trainer.shard(parity.doubled(batch(SIZE)))
     trainer.step(part)
-    after, found = trainer.executor.after_backward, {}
+    after = trainer.executor.after_backward
+    found: dict[int, list[bool]] = {}
 
     def watching(stage: int, kind: Any, last: bool) -> None:
         after(stage, kind, last)
