@@ -33,6 +33,7 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
             "sequence_parallel": plan.sequence_parallel,
             "recompute": plan.recompute,
             "precision": plan.precision,
+            "compile": plan.compile,
             "random": plan.random,
             "batch_statistics": plan.batch_statistics,
         },

@@ -54,7 +54,8 @@ class Plan:
     sequence_parallel: True lets the tensor axis split the sequence where activations would be whole on it.
     recompute: "none".
     precision: None keeps the model's dtypes; "fp64" reads every floating dtype as float64, for proofs.
-    compile: True lets the runtime torch.compile the blocks.
+    compile: True lets the runtime torch.compile the blocks, each once for all its instances (and for all sizes that
+    inductor keeps symbolic, which those of convolutions are not); where ranks are threads of one process, never.
     random: what dropout and noise draw by: "fast" by torch's own generator, seeded for each piece of a tensor; "exact"
     by the position of each element, the same on every mesh.
     batch_statistics: what forward takes the statistics of that batch norms divide by and buffers keep: "batch", the
@@ -107,8 +108,8 @@ class Plan:
             raise UnsupportedError(f"recompute={self.recompute!r} is not supported yet: use 'none'")
         if self.precision not in (None, "fp64"):
             raise UnsupportedError(f"precision={self.precision!r} is not supported yet: use None or 'fp64'")
-        if self.compile:
-            raise UnsupportedError("compile=True is not supported yet: use False")
+        if not isinstance(self.compile, bool):
+            raise PlanError(f"compile={self.compile!r}: True or False")
         if self.random not in RANDOM:
             raise PlanError(f"random={self.random!r}: random numbers are drawn {' or '.join(map(repr, RANDOM))}")
         if self.batch_statistics not in BATCH_STATISTICS:

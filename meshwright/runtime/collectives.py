@@ -7,16 +7,19 @@ Pieces are equally long unless ``size`` gives the length of the whole dim: then 
 filled up with zeros on the way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from meshwright.runtime.errors import PlanError
 from meshwright.runtime.groups import current
 from meshwright.runtime.layout import shard_bounds
+from meshwright.runtime.wire import Group
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,32 +45,92 @@ def _convert(x: torch.Tensor, forward: Convert | None, backward: Convert | None)
     return result
 
 
-# What is done to a tensor on an axis. The group is looked up now: backwards may run on another thread.
+# What goes over the wire: the group, its number of pieces and a tensor give a new contiguous one.
+
+
+def _summed(group: Group, pieces: int, x: torch.Tensor) -> torch.Tensor:
+    return group.summed(x)
+
+
+def _gathered(group: Group, pieces: int, x: torch.Tensor) -> torch.Tensor:
+    parts = x.new_empty((pieces, *x.shape))
+    group.begin_all_gather(parts.view(-1), x.contiguous().view(-1))()
+    return parts
+
+
+def _scattered(group: Group, pieces: int, parts: torch.Tensor) -> torch.Tensor:
+    parts = parts.contiguous()
+    out = torch.empty_like(parts[0])
+    group.begin_reduce_scatter(out.view(-1), parts.view(-1))()
+    return out
+
+
+def _exchanged(group: Group, pieces: int, parts: torch.Tensor) -> torch.Tensor:
+    parts = parts.contiguous()
+    out = torch.empty_like(parts)
+    group.all_to_all(out, parts)
+    return out
+
+
+COMMUNICATIONS: Mapping[str, Callable[[Group, int, torch.Tensor], torch.Tensor]] = {
+    "all_reduce": _summed,
+    "all_gather": _gathered,
+    "reduce_scatter": _scattered,
+    "all_to_all": _exchanged,
+}
+
+
+def _is_traced(x: torch.Tensor) -> bool:
+    """Whether torch.compile traces: then tensors have no values."""
+    return type(x) is not torch.Tensor and isinstance(x, (FakeTensor, FunctionalTensor))
+
+
+def _over(axis: str, kind: str) -> Convert:
+    """One of the communications. Its group is looked up now: backwards may run on another thread.
+
+    Where torch.compile traces, its graph gets an operator in this place (``runtime/compiled.py``).
+    """
+    group, pieces, communicate = current().group([axis]), current().size(axis), COMMUNICATIONS[kind]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if _is_traced(x):
+            result: torch.Tensor = torch.ops.meshwright.communicate(x, kind, axis, pieces, None)[0]
+            return result
+        return communicate(group, pieces, x)
+
+    return run
+
+
+# What is done to a tensor on an axis
 
 
 def _sum(axis: str) -> Convert:
-    group = current().group([axis])
+    summed = _over(axis, "all_reduce")
 
     def run(x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.bool:
             raise TypeError(f"a boolean tensor cannot be summed over {axis}")
-        return group.summed(x)
+        return summed(x)
 
     return run
 
 
 def _gather(axis: str, dim: int, groups: int, size: int | None) -> Convert:
-    group, pieces = current().group([axis]), current().size(axis)
+    gathered, pieces = _over(axis, "all_gather"), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         if size is not None:
             x = _lengthened(x, dim, -(-size // pieces))
-        parts = x.new_empty((pieces, *x.shape))
-        group.begin_all_gather(parts.view(-1), x.contiguous().view(-1))()
-        whole = _joined(parts, dim, groups)
+        whole = _joined(gathered(x), dim, groups)
         return whole if size is None else whole.narrow(dim, 0, size)
 
     return run
+
+
+def _check_constant(x: torch.Tensor, axis: str) -> None:
+    """In a graph this rank's index is a constant, and the microbatch's is none: torch.compile breaks the graph here."""
+    if axis == "mb" and _is_traced(x):
+        raise NotImplementedError("a graph that is compiled once cannot know the microbatch")
 
 
 def _lengthened(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
@@ -85,6 +148,7 @@ def _cut(axis: str, dim: int, groups: int, size: int | None) -> Convert:
     index, pieces = current().index(axis), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
+        _check_constant(x, axis)
         if size is not None:
             start, stop = shard_bounds(size, index, pieces)
             return x.narrow(dim, start, stop - start).contiguous()
@@ -95,15 +159,13 @@ def _cut(axis: str, dim: int, groups: int, size: int | None) -> Convert:
 
 
 def _scatter(axis: str, dim: int, groups: int, size: int | None) -> Convert:
-    index, group, pieces = current().index(axis), current().group([axis]), current().size(axis)
+    index, scattered, pieces = current().index(axis), _over(axis, "reduce_scatter"), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         if size is not None:
             x = _lengthened(x, dim, -(-size // pieces) * pieces)
         blocks: torch.Tensor = x.unflatten(dim, (groups, pieces, x.shape[dim] // (groups * pieces)))
-        parts = blocks.movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
-        out = torch.empty_like(parts[0])
-        group.begin_reduce_scatter(out.view(-1), parts.view(-1))()
+        out = scattered(blocks.movedim(dim + 1, 0).flatten(dim + 1, dim + 2))
         if size is not None:
             start, stop = shard_bounds(size, index, pieces)
             return out.narrow(dim, 0, stop - start)
@@ -116,6 +178,7 @@ def _place(axis: str, dim: int, groups: int, size: int | None) -> Convert:
     index, pieces = current().index(axis), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
+        _check_constant(x, axis)
         if size is not None:
             start, stop = shard_bounds(size, index, pieces)
             whole = x.new_zeros((*x.shape[:dim], size, *x.shape[dim + 1 :]))
@@ -130,13 +193,11 @@ def _place(axis: str, dim: int, groups: int, size: int | None) -> Convert:
 
 
 def _exchange(axis: str, split_dim: int, concat_dim: int) -> Convert:
-    group, pieces = current().group([axis]), current().size(axis)
+    exchanged, pieces = _over(axis, "all_to_all"), current().size(axis)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        parts = x.unflatten(split_dim, (pieces, x.shape[split_dim] // pieces)).movedim(split_dim, 0).contiguous()
-        out = torch.empty_like(parts)
-        group.all_to_all(out, parts)
-        return _joined(out, concat_dim, 1)
+        parts = x.unflatten(split_dim, (pieces, x.shape[split_dim] // pieces)).movedim(split_dim, 0)
+        return _joined(exchanged(parts), concat_dim, 1)
 
     return run
 

@@ -24,11 +24,22 @@ from meshwright.runtime.errors import PlanError
 Gradients = tuple[torch.Tensor | None, ...]
 
 
+@dataclass(slots=True)
+class Running:
+    """The I that runs now on this rank, for compiled blocks, which compute their backward by themselves.
+
+    On a GPU that is on a thread of autograd's.
+    """
+
+    deferred: "Deferred | None" = None
+
+
 class Deferred:
     """What one microbatch leaves of its backward through a stage for later.
 
     held: the stage's parameters, and tensors that are the same in all microbatches (buffers). Of those that require
     gradients, and of what depends on them and on the others of ``held`` alone, no gradient is computed before W.
+    running: where compiled blocks find it.
 
     >>> deferred = Deferred([*stage.parameters(), *stage.buffers()])
     >>> with deferred.recording():
@@ -38,8 +49,8 @@ class Deferred:
     >>> deferred.backward_weights()  # gradients accumulate, hooks of parameters are called; nothing is held any more
     """
 
-    def __init__(self, held: Iterable[torch.Tensor]):
-        tensors = list(held)
+    def __init__(self, held: Iterable[torch.Tensor], running: Running | None = None):
+        tensors, self.running = list(held), running or Running()
         self.parameters = [t for t in tensors if t.requires_grad]
         self.constants = {id(t): t for t in tensors if not t.requires_grad}
         # By identity, which holds as long as the tensor is kept; with the version that depends on weights alone.
@@ -70,12 +81,16 @@ class Deferred:
         self.own.clear()
         if not paired:
             return (None,) * len(inputs)
-        found = torch.autograd.grad(
-            [root for root, _ in paired],
-            [*inputs, *self.parameters, self.anchor],
-            [gradient for _, gradient in paired],
-            allow_unused=True,
-        )
+        self.running.deferred = self
+        try:
+            found = torch.autograd.grad(
+                [root for root, _ in paired],
+                [*inputs, *self.parameters, self.anchor],
+                [gradient for _, gradient in paired],
+                allow_unused=True,
+            )
+        finally:
+            self.running.deferred = None
         self.put_off([get_gradient_edge(p) for p in self.parameters], found[len(inputs) : -1])
         return found[: len(inputs)]
 

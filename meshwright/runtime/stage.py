@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from meshwright.runtime.deferred import Deferred
+from meshwright.runtime.deferred import Deferred, Running
 from meshwright.runtime.errors import BundleError
 from meshwright.runtime.groups import Groups
 from meshwright.runtime.messages import Edge, Links, Shapes
@@ -47,6 +47,7 @@ class StageRun:
     manifest: Mapping[str, Any]
     links: Links
     groups: Groups
+    running: Running = field(default_factory=Running)
     arguments: tuple[str, ...] = field(init=False)
     expected: tuple[tuple[int, Edge], ...] = field(init=False)
     awaited: tuple[tuple[int, Edge], ...] = field(init=False)
@@ -94,7 +95,8 @@ class StageRun:
         """
         received = {edge.name: value.requires_grad_(grad and edge.requires_grad) for edge, value in arrived}
         arguments = {name: (received if name in received else available)[name] for name in self.arguments}
-        deferred = Deferred([*self.module.parameters(), *self.module.buffers()]) if grad and split else None
+        held = [*self.module.parameters(), *self.module.buffers()] if grad and split else []
+        deferred = Deferred(held, self.running) if grad and split else None
         with deferred.recording() if deferred is not None else nullcontext():
             result = self.module(**arguments)
         if self.has_loss:

@@ -13,6 +13,7 @@ from meshwright.runtime import checkpoint, gathering, recording
 from meshwright.runtime.actions import Kind, forwards
 from meshwright.runtime.batches import Batch, microbatch_parts, named, replica_part, symbols_of
 from meshwright.runtime.buckets import gather_frozen, gather_in_modules, make_units, needed_groups
+from meshwright.runtime.deferred import Running
 from meshwright.runtime.errors import BundleError, MeshwrightError, PlanError, RankError
 from meshwright.runtime.executor import Executor, Timed, Turn
 from meshwright.runtime.groups import placement_of, start, using
@@ -67,6 +68,9 @@ class Trainer:
                 self.groups.make(axes, holders)
             stages, actions = actions_of(self.directory, self.manifest, self.rank)
             self._declare(stages, weights)
+            self.running = Running()
+            if plan.get("compile", False):
+                self._compile(any(action.kind == "I" for action in actions))
             held = list(self.declared.held.values())
             once = plan.get("reshard") == "step"
             self.units = make_units(held, plan["zero"], self.groups, self.module, once=once)
@@ -93,6 +97,13 @@ class Trainer:
             self.module[f"stage_{stage}"] = made
         self.module.train()
 
+    def _compile(self, splits: bool) -> None:
+        from meshwright.runtime.compiled import CompiledBlocks  # loads torch's compilers, which takes seconds
+
+        blocks = CompiledBlocks(groups=self.groups, running=self.running, splits=splits)
+        for stage in self.module.values():
+            blocks.compile(stage)
+
     def _executor(self, stages: Sequence[int]) -> Executor:
         links = Links(manifest=self.manifest, placement=self.placement, stages=stages, groups=self.groups)
         runs = {
@@ -102,6 +113,7 @@ class Trainer:
                 manifest=self.manifest,
                 links=links,
                 groups=self.groups,
+                running=self.running,
             )
             for stage in stages
         }

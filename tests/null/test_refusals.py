@@ -174,6 +174,8 @@ def test_plan_choices() -> None:
         Plan(zero=4)
     with pytest.raises(UnsupportedError, match="^precision='bf16' is not supported yet"):
         Plan(precision="bf16")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="^compile='max-autotune': True or False$"):
+        Plan(compile="max-autotune")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="^unknown choice 'zeros' in the plan"):
         Plan.from_dict({"zeros": 1})
 
