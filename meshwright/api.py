@@ -20,6 +20,7 @@ from meshwright.compiler.leaves import BATCH
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.plan import Plan
 from meshwright.compiler.program import Lowered
+from meshwright.passes.auto import choose
 from meshwright.passes.axes import axes_of, pins_of
 from meshwright.passes.cost import prices
 from meshwright.passes.fallback import without_rule
@@ -114,6 +115,7 @@ def compile_parallel(
         typed = reshard(blocks, typings)  # before the cut: an edge has the types of its value
         done("reshard")
         timed = timing(typed, mesh, plan, priced, captured.symbols)  # of the types: a rank computes its pieces
+        pipeline = pipeline or choose(typed, mesh, plan, timed)
         parts = partition(typed, pipeline.num_stages, plan.split, timed.seconds)
         done("partition")
         unruled = without_rule(typed, rules, dict(mesh.axes), captured.symbols)  # the conversions are known now

@@ -8,6 +8,7 @@ import torch
 
 from meshwright.codegen.edges import axes_of
 from meshwright.compiler.graph import Buffer, Function, Value
+from meshwright.compiler.plan import AUTO
 from meshwright.compiler.program import Edge, Kept, Lowered, Placed, Stage
 from meshwright.compiler.types import Held, I, Size
 from meshwright.passes.reshard import conversion_of
@@ -27,7 +28,8 @@ def manifest_of(lowered: Lowered, edges: Mapping[str, str]) -> dict[str, Any]:
         "mesh": dict(lowered.mesh.axes),
         "plan": {
             "microbatches": lowered.microbatches,
-            "schedule": plan.schedule_name,
+            "schedule": lowered.step.name,
+            "auto": plan.schedule == AUTO,
             "zero": plan.zero,
             "reshard": plan.resharded(lowered.mesh.size("pp")),
             "sequence_parallel": plan.sequence_parallel,

@@ -22,7 +22,8 @@ def explain_manifest(manifest: Mapping[str, Any]) -> str:
     symbols = ", ".join(f"{name} = {size}" for name, size in manifest["symbols"].items())
     lines = [
         f"{manifest['model']} on {mesh}",
-        f"  microbatches {plan['microbatches']}, schedule {plan['schedule']}, ZeRO-{plan['zero']}, "
+        f"  microbatches {plan['microbatches']}, schedule {plan['schedule']}{' (auto)' if plan['auto'] else ''}, "
+        f"ZeRO-{plan['zero']}, "
         f"sequence parallel {'yes' if plan['sequence_parallel'] else 'no'}",
         f"  symbolic sizes: {symbols or 'none'} in the example",
         *[f"  fixed size: {reason}" for reason in manifest["fixed"]],

@@ -26,6 +26,7 @@ SCHEDULES = (
     "v-half",
     "v-min",
 )
+AUTO = "auto"
 RANDOM = ("fast", "exact")
 BATCH_STATISTICS = ("batch", "microbatch")
 
@@ -42,11 +43,12 @@ class Plan:
     microbatch (three times where the backward comes in two parts), and gradients reduced in every backward: the least
     memory. None: "step" in a pipeline, else "microbatch".
     microbatches: pieces that a step's batch is cut into in time; None: as many as the pipeline has ranks.
-    schedule: order of forwards and backwards over the pipeline: one of ``SCHEDULES``; or a user's own, as the path of a
-    .csv in the format of torch.distributed.pipelining, or as a function from a ``passes.schedules.Pipeline`` to what
-    each of its ranks computes, in order. Whatever it is, it is proven before it is used.
+    schedule: order of forwards and backwards over the pipeline: one of ``SCHEDULES``; "auto" for the one of them with
+    the shortest simulated step; or a user's own, as the path of a .csv in the format of torch.distributed.pipelining,
+    or as a function from a ``passes.schedules.Pipeline`` to what each of its ranks computes, in order. Whatever it is,
+    it is proven before it is used.
     stages_per_rank: how many stages ("chunks", "virtual stages") every pipeline rank runs; None: as the schedule does,
-    2 where it runs any number of them. Which stages a rank runs follows from the schedule.
+    2 where it runs any number of them, and "auto" tries 1 to 4. Which stages a rank runs follows from the schedule.
     split: names of the modules where the 2nd, 3rd, ... stage begins; None: balanced by time.
     times: measured times of modules, which take the place of modelled ones: a file that ``meshwright profile`` wrote,
     or {module: {"forward": seconds, "inputs": seconds, "weights": seconds}} for one microbatch.
@@ -89,11 +91,12 @@ class Plan:
             )
         if self.microbatches is not None and (not isinstance(self.microbatches, int) or self.microbatches < 1):
             raise PlanError(f"microbatches={self.microbatches!r}: a whole number from 1, or None")
-        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES and not self.schedule.endswith(".csv"):
-            near = difflib.get_close_matches(self.schedule.lower(), SCHEDULES, n=1)
+        names = (*SCHEDULES, AUTO)
+        if isinstance(self.schedule, str) and self.schedule not in names and not self.schedule.endswith(".csv"):
+            near = difflib.get_close_matches(self.schedule.lower(), names, n=1)
             hint = f"\n  did you mean {near[0]!r}?" if near else ""
             raise PlanError(
-                f"unknown schedule {self.schedule!r}: the schedules are {', '.join(SCHEDULES)}, a .csv file or a "
+                f"unknown schedule {self.schedule!r}: the schedules are {', '.join(names)}, a .csv file or a "
                 f"function{hint}"
             )
         if self.stages_per_rank is not None and (not isinstance(self.stages_per_rank, int) or self.stages_per_rank < 1):
@@ -102,8 +105,14 @@ class Plan:
             if isinstance(self.split, str):
                 raise PlanError(f"split={self.split!r}: a list of module names, one for each stage after the first")
             object.__setattr__(self, "split", tuple(self.split))
-        if self.max_activation_bytes is not None and not self.max_activation_bytes > 0:
-            raise PlanError(f"max_activation_bytes={self.max_activation_bytes!r}: a number of bytes, or None")
+        if self.max_activation_bytes is not None:
+            if not isinstance(self.max_activation_bytes, (int, float)) or not self.max_activation_bytes > 0:
+                raise PlanError(f"max_activation_bytes={self.max_activation_bytes!r}: a number of bytes, or None")
+            if self.schedule != AUTO:
+                raise PlanError(
+                    f"max_activation_bytes={self.max_activation_bytes!r} with schedule={self.schedule_name!r}: only "
+                    f"schedule={AUTO!r} chooses by it"
+                )
         if self.recompute != "none":
             raise UnsupportedError(f"recompute={self.recompute!r} is not supported yet: use 'none'")
         if self.precision not in (None, "fp64"):

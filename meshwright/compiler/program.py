@@ -89,10 +89,12 @@ class Stage:
 class Step:
     """The schedule of a step.
 
-    placement: the pipeline rank of every stage. rows: the actions of every pipeline rank, peers as stages. peaks: the
-    most microbatches' chunks that it declares to keep alive on every pipeline rank; None where it declares nothing.
+    name: the plan's, or what was chosen where that leaves it open. placement: the pipeline rank of every stage. rows:
+    the actions of every pipeline rank, peers as stages. peaks: the most microbatches' chunks that it declares to keep
+    alive on every pipeline rank; None where it declares nothing.
     """
 
+    name: str
     placement: tuple[int, ...]
     rows: tuple[tuple[Action, ...], ...]
     peaks: tuple[int, ...] | None

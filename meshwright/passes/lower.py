@@ -78,7 +78,7 @@ def lower(
         microbatches=pipeline.num_microbatches,
         blocks={instance: block for block in blocks.blocks for instance in block.instances},
         stages=stages,
-        step=Step(placement=tuple(made.placement), rows=made.rows, peaks=made.peaks),
+        step=Step(name=made.name, placement=tuple(made.placement), rows=made.rows, peaks=made.peaks),
         parameters=parameters,
         buffers=buffers,
         random=random,

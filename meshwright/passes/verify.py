@@ -32,7 +32,7 @@ def verify(lowered: Lowered, rules: Rules) -> None:
             if node.op == "call_module":
                 _check_call(stage.function, node, lowered.blocks[str(node.target)].function, sizes)
     edges = [(e.source, d, e.value.grad) for stage in lowered.stages for e in stage.sends for d in e.destinations]
-    step, own = lowered.step, lowered.plan.schedule in SCHEDULES
+    step, own = lowered.step, isinstance(lowered.plan.schedule, str) and lowered.step.name in SCHEDULES
     proven = partial(
         prove,
         num_microbatches=lowered.microbatches,

@@ -104,6 +104,17 @@ def test_with_data_and_tensor_parallelism_beside(name: str, threads: OneProcess,
     check(threads, {"dp": 2, "pp": 2, "tp": 2}, {**plan, "zero": 1}, 16, tmp_path / "3d")
 
 
+@pytest.mark.parametrize(
+    ("choices", "name"),
+    [({}, "zb-h1"), ({"max_activation_bytes": 1400.0}, "v-min"), ({"stages_per_rank": 2}, "interleaved-zb")],
+)
+def test_auto(choices: dict[str, Any], name: str, threads: OneProcess, tmp_path: Path) -> None:
+    """It chooses one of the schedules by name, and that trains as ever."""
+    check(threads, {"pp": 4}, {"schedule": "auto", "microbatches": 8, **choices}, 16, tmp_path / "bundle")
+    plan = json.loads((tmp_path / "bundle/manifest.json").read_text())["plan"]
+    assert (plan["schedule"], plan["auto"]) == (name, True)
+
+
 def own(pipeline: Pipeline) -> list[list[Compute]]:
     """A user's schedule, on two ranks: all forwards, then the backwards from the last microbatch on."""
     number = pipeline.num_microbatches

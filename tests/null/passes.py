@@ -15,6 +15,7 @@ from meshwright.compiler.capture import capture
 from meshwright.compiler.graph import Capture
 from meshwright.compiler.leaves import BATCH
 from meshwright.compiler.program import Lowered
+from meshwright.passes.auto import choose
 from meshwright.passes.axes import axes_of, pins_of
 from meshwright.passes.cost import prices
 from meshwright.passes.lower import lower
@@ -85,7 +86,8 @@ def lowered(model: nn.Module, batch: Batch, plan: Plan | None = None, **mesh: in
     """The whole program."""
     chosen, captured = plan or Plan(), capture(model, batch, segment=True, is_known=is_known)
     blocks = _typed(captured, Mesh(**mesh), chosen)
-    times, pipeline = timed(captured, blocks, chosen, **mesh), planned(chosen, mesh.get("pp", 1))
+    times = timed(captured, blocks, chosen, **mesh)
+    pipeline = planned(chosen, mesh.get("pp", 1)) or choose(blocks, Mesh(**mesh), chosen, times)
     parts = partition(blocks, pipeline.num_stages, chosen.split, times.seconds)
     return lower(captured, blocks, parts, costs(parts, times), Mesh(**mesh), chosen, pipeline)
 

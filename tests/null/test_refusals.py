@@ -163,7 +163,7 @@ def test_plan_choices() -> None:
         Plan(schedule="ZB-V")
     assert str(error.value) == (
         "unknown schedule 'ZB-V': the schedules are gpipe, 1f1b, interleaved, looped-bfs, zb-h1, zb-h2, "
-        "interleaved-zb, zbv, dualpipe-v, v-half, v-min, a .csv file or a function\n  did you mean 'zbv'?"
+        "interleaved-zb, zbv, dualpipe-v, v-half, v-min, auto, a .csv file or a function\n  did you mean 'zbv'?"
     )
     with pytest.raises(PlanError, match="^stages_per_rank=0: a whole number from 1, or None$"):
         Plan(stages_per_rank=0)

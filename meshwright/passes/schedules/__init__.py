@@ -15,6 +15,7 @@ from meshwright.passes.schedules.table import ALGORITHMS, Algorithm, algorithm
 
 __all__ = [
     "ALGORITHMS",
+    "EQUAL",
     "Algorithm",
     "Compute",
     "Costs",

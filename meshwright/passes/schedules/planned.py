@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshwright.compiler.errors import PlanError
-from meshwright.compiler.plan import Plan
+from meshwright.compiler.plan import AUTO, Plan
 from meshwright.passes.schedules import ALGORITHMS, Pipeline, Schedule, algorithm, of_orders, schedule
 from meshwright.passes.schedules.torch_csv import read
 
@@ -24,12 +24,14 @@ class Planned:
         return self.num_ranks * self.num_chunks
 
 
-def planned(plan: Plan, num_ranks: int) -> Planned:
-    """What the plan asks of ``num_ranks`` pipeline ranks.
+def planned(plan: Plan, num_ranks: int) -> Planned | None:
+    """What the plan asks of ``num_ranks`` pipeline ranks; None where it leaves that to ``passes.auto``.
 
     Raises PlanError for a schedule that does not exist for so many ranks, stages per rank and microbatches.
     """
     number, chosen = plan.num_microbatches(num_ranks), plan.schedule
+    if chosen == AUTO:
+        return None
     if not isinstance(chosen, str):
         return Planned(
             num_ranks=num_ranks,
@@ -41,11 +43,16 @@ def planned(plan: Plan, num_ranks: int) -> Planned:
         return _from_file(plan, chosen, num_ranks, number)
     num_chunks = plan.stages_per_rank or ALGORITHMS[chosen].chunks or 2
     algorithm(chosen, Pipeline.of(num_ranks, number, num_chunks))
+    return named(chosen, num_ranks, number, num_chunks)
+
+
+def named(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> Planned:
+    """The schedule of this name."""
     return Planned(
         num_ranks=num_ranks,
-        num_microbatches=number,
+        num_microbatches=num_microbatches,
         num_chunks=num_chunks,
-        make=lambda pipeline: schedule(chosen, pipeline),
+        make=lambda pipeline: schedule(name, pipeline),
     )
 
 
