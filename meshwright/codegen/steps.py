@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meshwright.compiler.errors import BundleError
-from meshwright.passes.schedules import Compute, Costs, Edge, Order, Row, Simulation, simulate
+from meshwright.passes.schedules import Compute, Costs, Edge, Order, Placement, Row, Simulation, simulate
 from meshwright.runtime.actions import parse
 from meshwright.runtime.groups import placement_of
 
 
 def step_of(manifest: Mapping[str, Any]) -> Simulation:
     """The step in time, in seconds and bytes. Raises BundleError for a manifest without costs."""
-    rows = [parse(row, "stage") for row in manifest["schedule"]]
-    return simulate(orders_of(rows), placement_of(manifest), edges_of(manifest), _costs(manifest))
+    rows, placement = [parse(row, "stage") for row in manifest["schedule"]], placement_of(manifest)
+    return simulate(orders_of(rows, placement), placement, edges_of(manifest), _costs(manifest))
 
 
 def edges_of(manifest: Mapping[str, Any]) -> list[Edge]:
@@ -25,11 +25,12 @@ def edges_of(manifest: Mapping[str, Any]) -> list[Edge]:
     ]
 
 
-def orders_of(rows: Sequence[Row]) -> tuple[Order, ...]:
-    """What every pipeline rank computes, from the actions of all pipeline ranks."""
+def orders_of(rows: Sequence[Row], placement: Placement) -> tuple[Order, ...]:
+    """What every pipeline rank computes, from its actions; ``placement`` is the rank of every stage."""
+    only = {rank: stage for stage, rank in enumerate(placement)}  # of ranks with one stage, which actions do not name
     return tuple(
         tuple(
-            Compute(action.kind, rank if action.stage is None else action.stage, action.microbatch)
+            Compute(action.kind, only[rank] if action.stage is None else action.stage, action.microbatch)
             for action in row
             if action.runs
         )

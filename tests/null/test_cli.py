@@ -71,7 +71,16 @@ def test_a_bundle_without_costs_has_no_timeline(tmp_path: Path) -> None:
 def test_orders_of_rows() -> None:
     """Stages are named where a rank has several; messages apart from their computation are none."""
     rows = [parse(row, "stage") for row in ("0F0>s1  s2>[3F0]  3F0  3B0>s2  s1>0B0", "s0>1F0  2F0>s3  s3>2B0  1B0>s0")]
-    assert [" ".join(map(str, order)) for order in orders_of(rows)] == ["0F0 3F0 3B0 0B0", "1F0 2F0 2B0 1B0"]
+    assert [" ".join(map(str, order)) for order in orders_of(rows, (0, 1, 1, 0))] == [
+        "0F0 3F0 3B0 0B0",
+        "1F0 2F0 2B0 1B0",
+    ]
+
+
+def test_a_step_whose_stages_lie_on_other_ranks_than_of_their_number() -> None:
+    """As a user's own schedule may have it: the last stage on rank 0."""
+    rows = [parse(row, "stage") for row in ("s0>F0  B0>s0", "F0>s1  s1>B0")]
+    assert [" ".join(map(str, order)) for order in orders_of(rows, (1, 0))] == ["1F0 1B0", "0F0 0B0"]
 
 
 def test_bad_arguments() -> None:
