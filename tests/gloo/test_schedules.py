@@ -15,9 +15,13 @@ import torch
 from torch import nn
 
 from meshwright import Mesh, Plan, PlanError, compile_parallel
+from meshwright.codegen.bundle import verify_bundle
+from meshwright.codegen.steps import step_of
 from meshwright.compiler.plan import SCHEDULES
 from meshwright.passes.schedules import ALGORITHMS, Compute, Pipeline
 from meshwright.runtime import Trainer
+from meshwright.runtime.groups import placement_of
+from meshwright.runtime.manifest import load_manifest
 from tests import models
 from tests.gloo import parity
 from tests.gloo.pool import OneProcess, Pool
@@ -126,6 +130,19 @@ def own(pipeline: Pipeline) -> list[list[Compute]]:
 
 def test_a_function_of_the_user(threads: OneProcess, tmp_path: Path) -> None:
     check(threads, {"pp": 2}, {"schedule": own, "microbatches": 3}, 6, tmp_path / "bundle")
+
+
+def upwards(pipeline: Pipeline) -> list[list[Compute]]:
+    """The first stage on the last rank."""
+    return own(pipeline)[::-1]
+
+
+def test_a_function_of_the_user_that_places_stages_otherwise(threads: OneProcess, tmp_path: Path) -> None:
+    check(threads, {"dp": 2, "pp": 2}, {"schedule": upwards, "microbatches": 3}, 12, tmp_path / "bundle")
+    manifest = load_manifest(tmp_path / "bundle")
+    assert placement_of(manifest) == (1, 0)
+    assert [str(spans[0].compute) for spans in step_of(manifest).ranks] == ["1F0", "0F0"]
+    verify_bundle(tmp_path / "bundle")
 
 
 def swapped(pipeline: Pipeline) -> list[list[Compute]]:

@@ -204,3 +204,11 @@ def test_the_format_cannot_say_skips() -> None:
 
 def test_a_pair_to_overlap_is_one_after_the_other() -> None:
     assert [str(c) for c in read("0F0,(0F1;0B0)OVERLAP_F_B,,0B1\n").orders[0]] == ["0F0", "0F1", "0B0", "0B1"]
+
+
+def test_stages_may_lie_on_other_ranks_than_of_their_number() -> None:
+    step = read("1F0,1B0\n0F0,0B0\n")
+    assert step.placement == (1, 0)
+    text = write(step, messages=True)
+    assert text == "1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD\n0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n"
+    assert read(text).rows == step.rows

@@ -32,8 +32,9 @@ def with_messages(orders: Sequence[Order], placement: Placement, edges: Collecti
     except PlanError:
         return together
     ends = sorted((span.end, rank, index) for rank, spans in enumerate(ranks) for index, span in enumerate(spans))
+    only = {rank: stage for stage, rank in enumerate(placement)}  # of ranks with one stage, which actions do not name
     consumers = {
-        (_stage(action, rank), action.kind == "F", action.microbatch): action
+        (_stage(action, only[rank]), action.kind == "F", action.microbatch): action
         for rank, row in enumerate(together)
         for action in row
         if action.receives
@@ -44,7 +45,9 @@ def with_messages(orders: Sequence[Order], placement: Placement, edges: Collecti
         _append(found[rank], replace(action, receives=()))
         for stage in action.sends:
             consumer = consumers[stage, action.kind == "F", action.microbatch]
-            _append(found[placement[stage]], replace(consumer, receives=(_stage(action, rank),), sends=(), runs=False))
+            _append(
+                found[placement[stage]], replace(consumer, receives=(_stage(action, only[rank]),), sends=(), runs=False)
+            )
     return tuple(map(tuple, found))
 
 
@@ -76,5 +79,5 @@ def _append(row: list[Action], action: Action) -> None:
     row.append(action)
 
 
-def _stage(action: Action, rank: int) -> int:
-    return rank if action.stage is None else action.stage
+def _stage(action: Action, only: int) -> int:
+    return only if action.stage is None else action.stage

@@ -45,7 +45,8 @@ def write(step: Schedule, *, messages: bool = False) -> str:
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerows(map(_with_messages, step.rows, range(len(step.rows))) if messages else step.orders)
+    stages = [order[0].stage for order in step.orders]
+    writer.writerows(map(_with_messages, step.rows, stages) if messages else step.orders)
     return file.getvalue()
 
 
@@ -96,11 +97,11 @@ def _parse(word: str, rank: int, at: int) -> Iterator[Cell]:
         yield Cell(int(found[1]), found[2], int(found[3] or 0))
 
 
-def _with_messages(row: Row, rank: int) -> Iterator[str]:
-    """The cells of a row; ``rank`` is the stage of actions that do not name theirs."""
+def _with_messages(row: Row, only: int) -> Iterator[str]:
+    """The cells of a row; ``only`` is the stage of actions that do not name theirs."""
     last = {action.stage: index for index, action in enumerate(row) if action.kind in "BW" and action.runs}
     for index, action in enumerate(row):
-        stage = rank if action.stage is None else action.stage
+        stage = only if action.stage is None else action.stage
         way = "F" if action.kind == "F" else "B"
         yield from (_message(action, stage, f"RECV_{way}", peer) for peer in action.receives)
         if action.runs:
