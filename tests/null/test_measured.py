@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from meshwright import Mesh, Plan, PlanError
+from meshwright import Mesh, Plan, PlanError, compile_parallel
+from meshwright.codegen.edges import edge_names
+from meshwright.codegen.manifest import manifest_of
 from meshwright.passes.cost import Times
 from meshwright.passes.partition import partition
 from meshwright.passes.timing import Timing, costs
@@ -123,6 +125,26 @@ def test_files_that_are_none(tmp_path: Path, text: str, message: str) -> None:
         timed(tmp_path / "t.json", pp=2)
     head = f"times={str(tmp_path / 't.json')!r} is no file that meshwright profile wrote: "
     assert str(error.value).startswith(head + message)
+
+
+def test_a_compiled_program_is_cut_by_the_times_of_a_file(tmp_path: Path) -> None:
+    """A block that was measured slower than the others has a stage for itself."""
+
+    def cut(slow: float) -> tuple[list[int], dict[str, Any]]:
+        rows = {f"h.{i}": seconds(1.0, 1.0, slow if i == 3 else 1.0) for i in range(4)} | {"head": seconds(0, 0, 0)}
+        path = tmp_path / "times.json"
+        path.write_text(json.dumps({"seconds": rows}))
+        plan = Plan(times=path, microbatches=2)
+        found = compile_parallel(layers(), Mesh(pp=2), example_inputs=(X,), plan=plan)
+        manifest = manifest_of(found.lowered, edge_names(found.lowered))
+        stages = [manifest["parameters"][f"h.{i}.0.weight"]["stages"] for i in range(4)]
+        return [stage for (stage,) in stages], manifest
+
+    even, _ = cut(1.0)
+    assert even == [0, 0, 1, 1]
+    uneven, manifest = cut(9.0)
+    assert uneven == [0, 0, 0, 1] and manifest["times"] == "measured"
+    assert manifest["stages"][1]["costs"]["weights"] == pytest.approx(9.0, rel=1e-3)
 
 
 # Measuring
