@@ -142,8 +142,10 @@ class Plan:
 
     @property
     def schedule_name(self) -> str:
-        """The schedule as text: its name, its file, or the name of the function."""
-        return self.schedule if isinstance(self.schedule, str) else getattr(self.schedule, "__name__", "function")
+        """The schedule as text: its name, its file, or ``name()`` of a function, which is no name of ours."""
+        return (
+            self.schedule if isinstance(self.schedule, str) else f"{getattr(self.schedule, '__name__', 'function')}()"
+        )
 
     def num_microbatches(self, num_ranks: int) -> int:
         """Microbatches of a step on a pipeline of ``num_ranks``."""

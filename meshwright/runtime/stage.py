@@ -51,6 +51,7 @@ class StageRun:
     arguments: tuple[str, ...] = field(init=False)
     expected: tuple[tuple[int, Edge], ...] = field(init=False)
     awaited: tuple[tuple[int, Edge], ...] = field(init=False)
+    held: tuple[torch.Tensor, ...] = field(init=False)
     has_loss: bool = field(init=False)
     loss_parts: int = field(init=False)
     live: dict[int, Live] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class StageRun:
         self.expected = tuple((edge.source, edge) for edge in self.links.received[self.index].values())
         sent = self.links.sent[self.index].values()
         self.awaited = tuple((stage, edge) for edge in sent if edge.requires_grad for stage in edge.destinations)
+        self.held = (*self.module.parameters(), *self.module.buffers())
         self.has_loss = self.index == loss["stage"]
         # By what a microbatch's loss is divided: 1 where the loss of the whole is the sum of theirs.
         self.loss_parts = 1 if loss["types"].get("mb") == "P" else self.groups.microbatches
@@ -95,8 +97,7 @@ class StageRun:
         """
         received = {edge.name: value.requires_grad_(grad and edge.requires_grad) for edge, value in arrived}
         arguments = {name: (received if name in received else available)[name] for name in self.arguments}
-        held = [*self.module.parameters(), *self.module.buffers()] if grad and split else []
-        deferred = Deferred(held, self.running) if grad and split else None
+        deferred = Deferred(self.held, self.running) if grad and split else None
         with deferred.recording() if deferred is not None else nullcontext():
             result = self.module(**arguments)
         if self.has_loss:

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from meshwright import Mesh, Plan, PlanError, compile_parallel
+from meshwright import BundleError, Mesh, Plan, PlanError, compile_parallel
 from meshwright.codegen.bundle import verify_bundle
 from meshwright.codegen.steps import step_of
 from meshwright.compiler.plan import SCHEDULES
@@ -24,7 +25,7 @@ from meshwright.runtime.groups import placement_of
 from meshwright.runtime.manifest import load_manifest
 from tests import models
 from tests.gloo import parity
-from tests.gloo.pool import OneProcess, Pool
+from tests.gloo.pool import Failed, OneProcess, Pool
 from tests.null.test_schedule_csv import CLASSES, TRIPLES, Stage, text_of
 
 WIDTH, LAYERS = 6, 8
@@ -199,6 +200,33 @@ def test_torch_s_own_lists(name: str, threads: OneProcess, tmp_path: Path) -> No
             parity.compare(threads.run("tests.gloo.parity:train", arguments, ranks=num_ranks), expected)
             ran += 1
     assert ran >= 6
+
+
+@pytest.mark.parametrize(
+    ("rank", "text", "other", "message"),
+    [
+        (1, "s0>[F1]", "", "the schedule does not bring x_2 from stage 0 before"),
+        (0, "s1>B1", "B1", "the schedule does not bring the gradient of"),
+        (0, "F1>s1", "F1>s1,s0", "the schedule's F1 sends to stage 0: no value goes that way"),
+    ],
+)
+def test_an_edited_schedule_never_trains_on_less(
+    rank: int, text: str, other: str, message: str, threads: OneProcess, tmp_path: Path
+) -> None:
+    """A gradient that does not come would be a silent zero."""
+    bundle = tmp_path / "bundle"
+    parity.emit_case(bundle, Chain(2), batch(6), {"pp": 2}, {"microbatches": 3})
+    shutil.rmtree(bundle / "ranks")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"] = {name: known for name, known in manifest["files"].items() if "ranks" not in name}
+    assert text in manifest["schedule"][rank]
+    manifest["schedule"][rank] = manifest["schedule"][rank].replace(text, other)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Failed) as error:
+        threads.run("tests.gloo.parity:train", (str(bundle), batch(6), 1), ranks=2)
+    assert message in str(error.value)
+    with pytest.raises(BundleError, match="the schedule is wrong"):
+        verify_bundle(bundle)
 
 
 def traced(bundle: str, path: str, size: int) -> None:
