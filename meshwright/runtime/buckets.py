@@ -84,7 +84,8 @@ def gather_in_modules(
         own = dict.fromkeys(map(id, module.parameters(recurse=False)))
         gathered = list(dict.fromkeys(of_parameter[p] for p in own if p in of_parameter))
         if gathered:
-            waiting = [unit for unit in units if any(id(h.parameter) in own for h in unit.held)]
+            inside = set(map(id, module.parameters()))
+            waiting = [unit for unit in units if any(id(h.parameter) in inside for h in unit.held)]
             gather_around(module, gathered, uses, partial(_are_done, waiting))
     return uses
 

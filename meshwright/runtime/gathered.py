@@ -146,9 +146,9 @@ class Uses:
 def gather_around(module: nn.Module, gathered: Sequence[Gathered], uses: Uses, is_done: Callable[[], bool]) -> None:
     """Make ``gathered`` whole in the forward of ``module``, and from when the gradient of its result arrives.
 
-    is_done: whether this backward has all gradients of the module's own parameters. Units drop what they have the
-    gradients of; what is frozen, and all in a backward for the inputs alone, is dropped here, when the gradients of all
-    inputs show that nothing needs it any more.
+    is_done: whether this backward has all gradients of the parameters of the module and of those inside it. Units drop
+    what they have the gradients of; what is frozen, and all in a backward for the inputs alone, is dropped here, when
+    the gradients of all inputs show that nothing needs it any more.
     """
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -5,13 +5,18 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from meshwright.runtime import Trainer
+from meshwright.runtime import Trainer, run_in_one_process
+from meshwright.runtime.buckets import gather_in_modules
+from meshwright.runtime.flat import flatten
+from meshwright.runtime.gathered import Gathered
+from meshwright.runtime.groups import start
 from meshwright.runtime.meetings import ThreadGroup
 from meshwright.runtime.units import SplitGradients
 from tests.gloo import bundles, parity, test_bundles
@@ -201,3 +206,41 @@ def watch(bundle: str) -> dict[int, list[bool]]:
     trainer.executor.after_backward = watching
     trainer.step(part)
     return found
+
+
+class Adder(nn.Module):
+    """The gradient of ``x`` is there before the frozen weight is read for that of what is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4, 4), 0.5), requires_grad=False)
+        self.inside = nn.Linear(4, 4, bias=False)
+        nn.init.constant_(self.inside.weight, 0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.inside(torch.ones(3, 4)) @ self.weight)
+
+
+def test_a_frozen_parameter_stays_until_modules_inside_have_their_gradients() -> None:
+    """It was freed with the gradient of the input, and the backward found no storage."""
+
+    def gradient(module: Adder) -> torch.Tensor:
+        module(torch.ones(3, 4, requires_grad=True)).sum().backward()
+        assert module.inside.weight.grad is not None
+        return module.inside.weight.grad
+
+    def call(rank: int) -> torch.Tensor:
+        groups, module = start({"dp": 2}, 1, "cpu"), Adder()
+        groups.make(["dp"])
+        gathered = Gathered(flatten([module.weight], 2), groups, [0])
+        unit: Any = SimpleNamespace(held=[SimpleNamespace(parameter=module.inside.weight)], gathered=None, waiting=1)
+        module.inside.weight.register_post_accumulate_grad_hook(lambda _: setattr(unit, "waiting", 0))
+        frozen: Any = [([SimpleNamespace(parameter=module.weight)], gathered)]
+        uses = gather_in_modules(module, [unit], frozen, stay=False)
+        uses.begin("training")
+        found = gradient(module)
+        uses.end()
+        return found
+
+    for got in run_in_one_process(call, 2):
+        torch.testing.assert_close(got, gradient(Adder()), rtol=0, atol=0)
