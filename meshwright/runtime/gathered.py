@@ -102,10 +102,12 @@ class Uses:
 
     def hold(self, stage: int) -> None:
         """Make whole what a stage uses: its backward for the weights reads them, and no hook of a module tells when."""
-        for one in self.gathered:
-            if stage in one.stages:
-                self.use(one)
-                one.users += 1
+        held = [one for one in self.gathered if stage in one.stages]
+        for one in held:
+            one.begin()  # beside each other
+        for one in held:
+            self.use(one)
+            one.users += 1
 
     def let_go(self, stage: int) -> None:
         """The backward after ``hold`` is over."""

@@ -15,8 +15,8 @@ from torch import nn
 from meshwright.runtime import Trainer, run_in_one_process
 from meshwright.runtime.buckets import gather_in_modules
 from meshwright.runtime.flat import flatten
-from meshwright.runtime.gathered import Gathered
-from meshwright.runtime.groups import start
+from meshwright.runtime.gathered import Gathered, Uses
+from meshwright.runtime.groups import current, start
 from meshwright.runtime.meetings import ThreadGroup
 from meshwright.runtime.units import SplitGradients
 from tests.gloo import bundles, parity, test_bundles
@@ -161,6 +161,52 @@ def test_gathered_for_each_use(threads: OneProcess, tmp_path: Path) -> None:
         "tests.gloo.test_zero_in_pipelines:count", (str(tmp_path / "bundle"),), ranks=4
     ):
         assert 2 * 4 < gathers <= 3 * 4 and reductions == 4 and left == 0
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_reduction_begins_inside_the_last_backward(
+    zero: int, schedule: str, monkeypatch: pytest.MonkeyPatch, threads: OneProcess, tmp_path: Path
+) -> None:
+    """What remains of the step is computed beside it."""
+    reductions = ThreadGroup.begin_reduce_scatter
+    begun: set[tuple[bool, int]] = set()
+
+    def begin(group: ThreadGroup, *args: torch.Tensor) -> Any:
+        begun.add((torch._C._current_graph_task_id() >= 0, current().microbatch))
+        return reductions(group, *args)
+
+    monkeypatch.setattr(ThreadGroup, "begin_reduce_scatter", begin)
+    plan = {"zero": zero, "microbatches": 4, "schedule": schedule}
+    parity.emit_case(tmp_path / "bundle", readers(), batch(SIZE), MESH, plan)
+    threads.run("tests.gloo.parity:train", (str(tmp_path / "bundle"), batch(SIZE), 1), ranks=4)
+    assert begun == {(True, 3)}
+
+
+def test_a_backward_for_the_weights_gathers_all_beside_each_other() -> None:
+    def call(rank: int) -> tuple[list[bool], list[bool], list[bool]]:
+        groups = start({"dp": 2}, 1, "cpu")
+        groups.make(["dp"])
+        some = [Gathered(torch.ones(4), groups, stages) for stages in ([0], [0, 1], [1], [0])]
+        uses, gather = Uses(some, stay=False), some[0].gather
+        seen: list[bool] = []
+
+        def first() -> None:
+            seen.extend(one.finish is not None for one in some)
+            gather()
+
+        some[0].gather = first  # type: ignore[method-assign]
+        uses.begin("training")
+        uses.hold(0)
+        for one in some:
+            one.drop()  # a unit has its gradients and lets go; others may need the values still
+        held = [one.is_whole for one in some]
+        uses.let_go(0)
+        uses.end_backward(0, last=False)
+        return seen, held, [one.is_whole for one in some]
+
+    wanted = [True, True, False, True]
+    assert run_in_one_process(call, 2) == [(wanted, wanted, [False] * 4)] * 2
 
 
 def test_a_stage_frees_its_parameters_after_its_last_backward(threads: OneProcess, tmp_path: Path) -> None:
