@@ -37,6 +37,7 @@ def cases(draw: Draw, stages: bool = False) -> Case:
     plan: dict[str, Any] = {"microbatches": microbatches, "sequence_parallel": draw(st.booleans())}
     if stages:
         plan |= {"zero": draw(st.integers(0, 3)), "schedule": draw(st.sampled_from(("1f1b", "gpipe")))}
+        plan["reshard"] = draw(st.sampled_from((None, "step", "microbatch")))
     size = dp * microbatches * draw(st.sampled_from((1, 2)))
     length = draw(st.sampled_from((4, 6, 5)))
     if plan["sequence_parallel"]:
