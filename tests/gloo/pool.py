@@ -26,7 +26,7 @@ DIED, STUCK = "died", "did not end"
 
 def _work(index: int, pipe: Connection) -> None:
     """Run tasks until the pipe closes; each in a process group of its own."""
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MESHWRIGHT_TIMEOUT": "60"}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MESHWRIGHT_TIMEOUT": "110"}
     import torch
     import torch.distributed as dist
 
