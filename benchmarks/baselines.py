@@ -95,16 +95,17 @@ def dtensor(model: Any, batch: Batch, rank: int) -> Step:
     return step
 
 
-class _Half(nn.Module):
-    """One of two hand-cut stages."""
+class Cut(nn.Module):
+    """One of ``num_stages`` stages with as many layers each; the first has the embedding, the last the head."""
 
-    def __init__(self, model: Any, index: int):
+    def __init__(self, model: Any, index: int, num_stages: int):
         super().__init__()
+        length = len(model.model.layers) // num_stages
         self.rotary_emb = model.model.rotary_emb
-        self.layers = nn.ModuleList(model.model.layers[2 * index : 2 * index + 2])
+        self.layers = nn.ModuleList(model.model.layers[length * index : length * (index + 1)])
         self.embed_tokens = model.model.embed_tokens if index == 0 else None
-        self.norm = model.model.norm if index == 1 else None
-        self.lm_head = model.lm_head if index == 1 else None
+        self.norm = model.model.norm if index == num_stages - 1 else None
+        self.lm_head = model.lm_head if index == num_stages - 1 else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.embed_tokens(x) if self.embed_tokens is not None else x
@@ -112,18 +113,19 @@ class _Half(nn.Module):
         rotary = self.rotary_emb(hidden, positions)
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
-        return self.lm_head(self.norm(hidden)) if self.lm_head is not None else hidden
+        return self.lm_head(self.norm(hidden)) if self.lm_head is not None and self.norm is not None else hidden
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def pipelining(model: Any, batch: Batch, rank: int) -> Step:
-    half = _Half(model, rank)
+    half = Cut(model, rank, 2)
     stage = PipelineStage(half, rank, 2, torch.device("cpu"))
     optimizer = torch.optim.AdamW(half.parameters(), lr=LEARNING_RATE)
 
-    def loss_fn(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-    schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=loss_fn)
+    schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=cross_entropy)
 
     def step() -> float:
         optimizer.zero_grad()

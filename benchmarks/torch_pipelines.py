@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from baselines import LEARNING_RATE, Batch
+from baselines import LEARNING_RATE, Batch, Cut, cross_entropy
 from torch import nn
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -42,31 +42,6 @@ def stages_of(name: str, num_ranks: int, rank: int) -> list[int]:
     """The stages of a rank, the same on both sides."""
     placement = ALGORITHMS[name].placement(num_ranks, num_chunks(name))
     return [stage for stage, place in enumerate(placement) if place == rank]
-
-
-class Cut(nn.Module):
-    """One of ``num_stages`` stages with as many layers each; the first has the embedding, the last the head."""
-
-    def __init__(self, model: Any, index: int, num_stages: int):
-        super().__init__()
-        length = len(model.model.layers) // num_stages
-        self.rotary_emb = model.model.rotary_emb
-        self.layers = nn.ModuleList(model.model.layers[length * index : length * (index + 1)])
-        self.embed_tokens = model.model.embed_tokens if index == 0 else None
-        self.norm = model.model.norm if index == num_stages - 1 else None
-        self.lm_head = model.lm_head if index == num_stages - 1 else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.embed_tokens(x) if self.embed_tokens is not None else x
-        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
-        rotary = self.rotary_emb(hidden, positions)
-        for layer in self.layers:
-            hidden = layer(hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
-        return self.lm_head(self.norm(hidden)) if self.lm_head is not None and self.norm is not None else hidden
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 class Theirs:

@@ -20,7 +20,7 @@ from meshwright.codegen.weights import write_weights
 from meshwright.codegen.wording import wrapped
 from meshwright.compiler.errors import PlanError
 from meshwright.compiler.program import Lowered
-from meshwright.runtime.actions import KINDS, Action, Peers, peers_of, render, to_ranks
+from meshwright.runtime.actions import KINDS, Action, Peers, peers_of, render, stages_on, to_ranks
 
 MAX_RANK_FILES = 1024
 
@@ -154,7 +154,7 @@ def _roles(lowered: Lowered) -> list[int]:
 def _rank(lowered: Lowered, rank: int) -> dict[str, Any]:
     mesh, placement = lowered.mesh, lowered.step.placement
     at = mesh.coordinates(rank)
-    stages = [stage for stage, place in enumerate(placement) if place == at.get("pp", 0)]
+    stages = stages_on(placement, at.get("pp", 0))
     peers = [mesh.rank({**at, "pp": place}) for place in placement]
     actions, kind = lowered.step.rows[at.get("pp", 0)], peers_of(stages)
     if kind == "rank":

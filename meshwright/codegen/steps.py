@@ -5,7 +5,7 @@ from typing import Any
 
 from meshwright.compiler.errors import BundleError
 from meshwright.passes.schedules import Compute, Costs, Edge, Order, Placement, Row, Simulation, simulate
-from meshwright.runtime.actions import parse
+from meshwright.runtime.actions import parse, stage_of, stages_on
 from meshwright.runtime.groups import placement_of
 
 
@@ -27,13 +27,9 @@ def edges_of(manifest: Mapping[str, Any]) -> list[Edge]:
 
 def orders_of(rows: Sequence[Row], placement: Placement) -> tuple[Order, ...]:
     """What every pipeline rank computes, from its actions; ``placement`` is the rank of every stage."""
-    only = {rank: stage for stage, rank in enumerate(placement)}  # of ranks with one stage, which actions do not name
+    own = [stages_on(placement, rank) for rank in range(len(rows))]
     return tuple(
-        tuple(
-            Compute(action.kind, only[rank] if action.stage is None else action.stage, action.microbatch)
-            for action in row
-            if action.runs
-        )
+        tuple(Compute(action.kind, stage_of(action, own[rank]), action.microbatch) for action in row if action.runs)
         for rank, row in enumerate(rows)
     )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ class Plan:
     zero: int = 0
     reshard: Literal["step", "microbatch"] | None = None
     microbatches: int | None = None
-    schedule: str | Callable[[Any], Any] = "1f1b"
+    schedule: str | os.PathLike[str] | Callable[[Any], Any] = "1f1b"
     stages_per_rank: int | None = None
     split: tuple[str, ...] | None = None
     times: str | Path | Mapping[str, Mapping[str, float]] | None = None
@@ -92,6 +93,10 @@ class Plan:
         if self.microbatches is not None and (not isinstance(self.microbatches, int) or self.microbatches < 1):
             raise PlanError(f"microbatches={self.microbatches!r}: a whole number from 1, or None")
         names = (*SCHEDULES, AUTO)
+        if isinstance(self.schedule, os.PathLike):
+            object.__setattr__(self, "schedule", os.fspath(self.schedule))
+        if not isinstance(self.schedule, str) and not callable(self.schedule):
+            raise PlanError(f"schedule={self.schedule!r}: a name, a .csv file or a function")
         if isinstance(self.schedule, str) and self.schedule not in names and not self.schedule.endswith(".csv"):
             near = difflib.get_close_matches(self.schedule.lower(), names, n=1)
             hint = f"\n  did you mean {near[0]!r}?" if near else ""

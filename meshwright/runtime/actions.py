@@ -118,6 +118,16 @@ def render(actions: Iterable[Action], peers: Peers = "rank") -> str:
     return "  ".join(map(one, actions))
 
 
+def stages_on(placement: Sequence[int], place: int) -> tuple[int, ...]:
+    """The stages on a pipeline rank; ``placement`` is the pipeline rank of every stage."""
+    return tuple(stage for stage, other in enumerate(placement) if other == place)
+
+
+def stage_of(action: Action, stages: Sequence[int]) -> int:
+    """The stage of an action of a rank that runs ``stages``: the only one, where the action does not name it."""
+    return stages[0] if action.stage is None else action.stage
+
+
 def peers_of(stages: Sequence[int]) -> Peers:
     """How the schedule of a rank that runs these stages names its peers: as stages where it runs several, because then
     a rank may send several values to a stage.

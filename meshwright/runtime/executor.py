@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from meshwright.runtime.actions import KINDS, Action, Kind, fuse
+from meshwright.runtime.actions import KINDS, Action, Kind, fuse, stage_of
 from meshwright.runtime.errors import RankError
 from meshwright.runtime.groups import Groups
 from meshwright.runtime.mail import Mail
@@ -165,8 +165,7 @@ class Executor:
         return None
 
     def _place(self, action: Action) -> Place:
-        stage = next(iter(self.stages)) if action.stage is None else action.stage
-        return Place(stage, action.kind == "F", action.microbatch)
+        return Place(stage_of(action, tuple(self.stages)), action.kind == "F", action.microbatch)
 
     def _failure(self, turn: Turn, error: Exception, where: str) -> RankError:
         stage, kind, microbatch = turn.place.stage, turn.action.kind, turn.place.microbatch

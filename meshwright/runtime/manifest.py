@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meshwright.runtime.actions import Action, parse, peers_of, to_stages
+from meshwright.runtime.actions import Action, parse, peers_of, stages_on, to_stages
 from meshwright.runtime.errors import BundleError
 from meshwright.runtime.groups import along, coordinates_of, placement_of
 from meshwright.runtime.promises import check_manifest
@@ -54,7 +54,7 @@ def actions_of(directory: Path, manifest: Mapping[str, Any], rank: int) -> tuple
     sizes, placement = manifest["mesh"], placement_of(manifest)
     at = coordinates_of(sizes, rank)
     place = at.get("pp", 0)
-    stages = tuple(stage for stage, other in enumerate(placement) if other == place)
+    stages = stages_on(placement, place)
     path = directory / "ranks" / f"rank_{rank:04d}.py"
     if not path.exists():
         return stages, parse(manifest["schedule"][place], "stage")

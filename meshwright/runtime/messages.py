@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from meshwright.runtime.actions import Action
+from meshwright.runtime.actions import Action, stage_of
 from meshwright.runtime.errors import BundleError
 from meshwright.runtime.groups import Groups, along
 from meshwright.runtime.layout import local_shape
@@ -77,7 +77,7 @@ class Links:
         """What an action sends to, or receives from, these stages. Raises BundleError where no edge leads."""
         if action is None:
             return ()
-        stage = self.stages[0] if action.stage is None else action.stage
+        stage = stage_of(action, self.stages)
         own = Place(stage, action.kind == "F", action.microbatch)
         packets = []
         for peer in peers:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from meshwright.runtime.actions import parse as parse_schedule
-from meshwright.runtime.errors import BundleError
+from meshwright.runtime.actions import stages_on
+from meshwright.runtime.errors import BundleError, PlanError
 from meshwright.runtime.groups import coordinates_of, placement_of
 from meshwright.runtime.layout import Split, largest_piece, parse, suffices
 
@@ -37,6 +38,27 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
             _check_pieces(manifest, name, entry)
     _check_sites(manifest)
     _check_stages(manifest, "the loss", [manifest["loss"]["stage"]])
+
+
+def check_evaluation(manifest: Mapping[str, Any]) -> None:
+    """Raises PlanError where what the loss is in eval mode is not known: with noise that is no dropout, and where
+    it depends on what forward writes to buffers.
+    """
+    for name, entry in manifest.get("random", {}).items():
+        if not entry["operator"].endswith("dropout"):
+            raise PlanError(
+                f"cannot evaluate: {name} draws noise ({entry['operator']} {entry['at']}), and the program was "
+                "captured in training: whether the model draws it in eval mode too is not known\n"
+                "  evaluate the model itself with the parameters of full_state_dict()"
+            )
+    for name, entry in manifest["buffers"].items():
+        if "unknown_evaluation" in entry:
+            raise PlanError(
+                f"cannot evaluate: the loss depends on what forward writes to {name!r} "
+                f"({entry['unknown_evaluation']}), or on statistics of the batch in it, and the program was "
+                "captured in training: what the model computes in eval mode is not known\n"
+                "  evaluate the model itself with the parameters of full_state_dict()"
+            )
 
 
 def _check_mesh(manifest: Mapping[str, Any]) -> None:
@@ -112,7 +134,7 @@ def _check_schedule(manifest: Mapping[str, Any]) -> None:
             actions = [action for action in parse_schedule(text, "stage") if action.runs]
         except ValueError as error:
             raise BundleError(f"the schedule of pipeline rank {place}: {error}") from error
-        own = [stage for stage, other in enumerate(placement) if other == place]
+        own = stages_on(placement, place)
         kinds: defaultdict[tuple[int | None, int], str] = defaultdict(str)
         for action in actions:
             kinds[own[0] if action.stage is None and len(own) == 1 else action.stage, action.microbatch] += action.kind

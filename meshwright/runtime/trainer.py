@@ -20,6 +20,7 @@ from meshwright.runtime.groups import placement_of, start, using
 from meshwright.runtime.manifest import actions_of, load_manifest, stage_class
 from meshwright.runtime.messages import Links
 from meshwright.runtime.parameters import Declared, Param
+from meshwright.runtime.promises import check_evaluation
 from meshwright.runtime.recording import clock_of
 from meshwright.runtime.stage import StageRun
 from meshwright.runtime.traces import chrome_trace
@@ -174,7 +175,7 @@ class Trainer:
         Batch norms use their running statistics, dropout drops nothing, and no buffer is written.
         """
         with self._reporting("evaluation", PlanError), torch.no_grad():
-            self._check_evaluation()
+            check_evaluation(self.manifest)
             self.module.eval()
             try:
                 loss, finish = self._run("evaluation", part, self.evaluation)
@@ -294,27 +295,6 @@ class Trainer:
 
     def _entering(self, microbatch: int) -> None:
         self.groups.microbatch = microbatch
-
-    def _check_evaluation(self) -> None:
-        """Raises PlanError where what the loss is in eval mode is not known: with noise that is no dropout, and where
-        it depends on what forward writes to buffers.
-        """
-        for name, entry in self.manifest.get("random", {}).items():
-            if not entry["operator"].endswith("dropout"):
-                raise PlanError(
-                    f"cannot evaluate: {name} draws noise ({entry['operator']} {entry['at']}), and the program was "
-                    "captured in training: whether the model draws it in eval mode too is not known\n"
-                    "  evaluate the model itself with the parameters of full_state_dict()"
-                )
-
-        for name, entry in self.manifest["buffers"].items():
-            if "unknown_evaluation" in entry:
-                raise PlanError(
-                    f"cannot evaluate: the loss depends on what forward writes to {name!r} "
-                    f"({entry['unknown_evaluation']}), or on statistics of the batch in it, and the program was "
-                    "captured in training: what the model computes in eval mode is not known\n"
-                    "  evaluate the model itself with the parameters of full_state_dict()"
-                )
 
     def _before_backward(self, stage: int, kind: Kind, last: bool) -> None:
         if kind == "I":

@@ -1,6 +1,7 @@
 """What is refused, with the whole message: before any process waits on another."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,20 @@ def test_sums_of_data_without_gradient_are_not_known_before_the_first_microbatch
         "the batch cannot be cut into microbatches without changing the result: the loss mixes samples of the batch\n"
         "  use microbatches=1"
     )
+
+
+@pytest.mark.parametrize("given", [lambda pipeline: None, lambda pipeline: [["F0"], ["F0"]]], ids=["nothing", "words"])
+def test_a_function_that_gives_no_schedule(given: Callable[[Any], Any]) -> None:
+    with pytest.raises(PlanError, match=r"^schedule '<lambda>\(\)' gives .*\n  it takes a list for each rank, of what"):
+        compile_parallel(
+            models.build("mlp"),
+            Mesh(pp=2),
+            example_inputs=models.batch("mlp"),
+            plan=Plan(schedule=given, microbatches=2),
+        )
+
+
+def test_a_schedule_is_a_name_a_file_or_a_function(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="^schedule=5: a name, a .csv file or a function$"):
+        Plan(schedule=5)  # type: ignore[arg-type]
+    assert Plan(schedule=tmp_path / "own.csv").schedule_name == str(tmp_path / "own.csv")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from meshwright.passes.schedules.pipeline import Edge
-from meshwright.runtime.actions import Action, Kind, render
+from meshwright.runtime.actions import Action, Kind, render, stage_of, stages_on
 
 Place = tuple[int, int]
 """A pipeline rank and an index: of an action, or of an exchange."""
@@ -29,11 +29,10 @@ class Case:
     @functools.cached_property
     def stages_of(self) -> tuple[tuple[int, ...], ...]:
         """The stages on each pipeline rank."""
-        ranks = range(len(self.rows))
-        return tuple(tuple(s for s, own in enumerate(self.placement) if own == rank) for rank in ranks)
+        return tuple(stages_on(self.placement, rank) for rank in range(len(self.rows)))
 
     def stage(self, rank: int, action: Action) -> int:
-        return self.stages_of[rank][0] if action.stage is None else action.stage
+        return stage_of(action, self.stages_of[rank])
 
     def actions(self) -> Iterator[tuple[int, Action, int]]:
         """(pipeline rank, action, index in its row)"""

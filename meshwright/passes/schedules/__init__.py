@@ -84,8 +84,18 @@ def schedule(name: str, pipeline: Pipeline) -> Schedule:
 def of_orders(name: str, pipeline: Pipeline, orders: Sequence[Sequence[Compute]]) -> Schedule:
     """A user's own schedule, from what every rank computes; a stage is on the rank that computes it.
 
-    Raises PlanError for orders of other ranks or stages than the pipeline's. All else is left to the proof.
+    Raises PlanError for what is no lists of Compute, and for orders of other ranks or stages than the pipeline's. All
+    else is left to the proof.
     """
+    try:
+        right = all(isinstance(compute, Compute) for order in orders for compute in order)
+    except TypeError:
+        right = False
+    if not right:
+        raise PlanError(
+            f"schedule {name!r} gives {orders!r:.80}\n  it takes a list for each rank, of what the rank computes: "
+            "Compute(kind, stage, microbatch)"
+        )
     if len(orders) != pipeline.num_ranks:
         raise PlanError(f"schedule {name!r} is of {len(orders)} ranks, the pipeline of {pipeline.num_ranks}")
     rank_of: dict[int, int] = {}

@@ -9,7 +9,7 @@ from dataclasses import replace
 from meshwright.compiler.errors import PlanError
 from meshwright.passes.schedules.pipeline import Costs, Edge, Order, Placement, has_gradient
 from meshwright.passes.schedules.simulate import simulate
-from meshwright.runtime.actions import Action, Kind
+from meshwright.runtime.actions import Action, Kind, stage_of, stages_on
 
 Row = tuple[Action, ...]
 
@@ -32,9 +32,9 @@ def with_messages(orders: Sequence[Order], placement: Placement, edges: Collecti
     except PlanError:
         return together
     ends = sorted((span.end, rank, index) for rank, spans in enumerate(ranks) for index, span in enumerate(spans))
-    only = {rank: stage for stage, rank in enumerate(placement)}  # of ranks with one stage, which actions do not name
+    own = [stages_on(placement, rank) for rank in range(len(orders))]
     consumers = {
-        (_stage(action, only[rank]), action.kind == "F", action.microbatch): action
+        (stage_of(action, own[rank]), action.kind == "F", action.microbatch): action
         for rank, row in enumerate(together)
         for action in row
         if action.receives
@@ -45,9 +45,8 @@ def with_messages(orders: Sequence[Order], placement: Placement, edges: Collecti
         _append(found[rank], replace(action, receives=()))
         for stage in action.sends:
             consumer = consumers[stage, action.kind == "F", action.microbatch]
-            _append(
-                found[placement[stage]], replace(consumer, receives=(_stage(action, only[rank]),), sends=(), runs=False)
-            )
+            source = stage_of(action, own[rank])
+            _append(found[placement[stage]], replace(consumer, receives=(source,), sends=(), runs=False))
     return tuple(map(tuple, found))
 
 
@@ -77,7 +76,3 @@ def _append(row: list[Action], action: Action) -> None:
     if before is not None and not before.runs and before.name == action.name:
         action = replace(action, receives=row.pop().receives + action.receives)
     row.append(action)
-
-
-def _stage(action: Action, only: int) -> int:
-    return only if action.stage is None else action.stage

@@ -1,5 +1,6 @@
 """What a plan asks of the pipeline: which schedule, and how many stages every pipeline rank runs."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +33,19 @@ def planned(plan: Plan, num_ranks: int) -> Planned | None:
     number, chosen = plan.num_microbatches(num_ranks), plan.schedule
     if chosen == AUTO:
         return None
-    if not isinstance(chosen, str):
+    if not isinstance(chosen, (str, os.PathLike)):
         return Planned(
             num_ranks=num_ranks,
             num_microbatches=number,
             num_chunks=plan.stages_per_rank or 1,
             make=lambda pipeline: of_orders(plan.schedule_name, pipeline, chosen(pipeline)),
         )
-    if chosen.endswith(".csv"):
-        return _from_file(plan, chosen, num_ranks, number)
-    num_chunks = plan.stages_per_rank or ALGORITHMS[chosen].chunks or 2
-    algorithm(chosen, Pipeline.of(num_ranks, number, num_chunks))
-    return named(chosen, num_ranks, number, num_chunks)
+    name = os.fspath(chosen)
+    if name.endswith(".csv"):
+        return _from_file(plan, name, num_ranks, number)
+    num_chunks = plan.stages_per_rank or ALGORITHMS[name].chunks or 2
+    algorithm(name, Pipeline.of(num_ranks, number, num_chunks))
+    return named(name, num_ranks, number, num_chunks)
 
 
 def named(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> Planned:
